@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing else is touched.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench miniature clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## install gemscope and its tools into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gemscope needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## evaluate the bundled dictionaries on the bundled model, offline
+	$(BIN)/gemscope demo
+
+test: $(STAMP)  ## lint, types, and the whole test suite
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest -q -m "not gpu and not weights"
+
+lint: $(STAMP)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## measure this machine; prints one record per benchmark
+	$(BIN)/python benchmarks/run.py
+
+miniature: $(STAMP)  ## make the bundled model and its dictionaries from scratch (hours; resumable)
+	$(BIN)/python scripts/miniature/make.py --work build/miniature
+
+clean:  ## remove what setup and runs made
+	rm -rf $(VENV) build reports .pytest_cache .mypy_cache .ruff_cache
