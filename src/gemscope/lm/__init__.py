@@ -1,0 +1,8 @@
+"""Language models: loading, reading activations, splicing and editing them."""
+
+from ._edit import Edit as Edit
+from ._edit import replace as replace
+from ._edit import splice as splice
+from ._model import LanguageModel as LanguageModel
+from ._model import Run as Run
+from ._model import load_model as load_model

@@ -1,0 +1,124 @@
+"""Reading and editing tensors of a running `transformers` model, by plain hooks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemscope.errors import InputError
+from gemscope.sites import Family, Side, Site
+
+from ._edit import Edit
+
+
+class Finished(Exception):  # noqa: N818
+    """Every wanted tensor has been read: the rest of the forward pass is not needed."""
+
+
+class Taps:
+    """The hooks of one forward pass, and what they have read."""
+
+    def __init__(self, stack: nn.Module, family: Family):
+        self.stack, self.family = stack, family
+        self.values: dict[Site, Tensor] = {}
+
+    @contextmanager
+    def attached(
+        self, read: Sequence[Site], edits: Sequence[Edit], counts: Tensor, *, stop: bool
+    ) -> Iterator[None]:
+        """Hooks in place while the context lasts.
+
+        A site is read before an edit of the same site is applied. With `stop`, `Finished` is
+        raised as soon as all of `read` has been read.
+        """
+        handles = []
+        waiting = set(read)
+
+        def keep(site: Site):
+            def kept(value: Tensor) -> None:
+                self.values[site] = value
+                waiting.discard(site)
+                if stop and not waiting:
+                    raise Finished
+
+            return kept
+
+        def change(edit: Edit):
+            def changed(value: Tensor) -> Tensor:
+                if edit.reads != edit.writes and edit.reads not in self.values:
+                    raise InputError(
+                        f"{edit.reads} is computed after {edit.writes}: it cannot be written there"
+                    )
+                source = value if edit.reads == edit.writes else self.values[edit.reads]
+                new = edit.function(source[counts])
+                out = value.clone()
+                out[counts] = new.to(value.dtype)
+                return out
+
+            return changed
+
+        # With the hook that ends the run last, edits of the last site read are not skipped.
+        sources = {e.reads for e in edits if e.reads != e.writes} - set(read)
+        try:
+            for site in sources:
+                handles.append(self._hook(site, lambda v, s=site: self.values.__setitem__(s, v)))
+            for site in dict.fromkeys(read):
+                handles.append(self._hook(site, keep(site)))
+            for edit in edits:
+                handles.append(self._hook(edit.writes, change(edit)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, site: Site, act: Any) -> torch.utils.hooks.RemovableHandle:
+        """Call `act` with the tensor of `site`; what it returns, if anything, replaces it."""
+        tap = self.family.tap(site)
+        module = self.stack.get_submodule(tap.path(site.layer))
+        if tap.gain_free:
+            return module.register_forward_hook(self._gain_free(module, act))
+        if tap.side is Side.INPUT:
+            return module.register_forward_pre_hook(_on_input(act), with_kwargs=True)
+        return module.register_forward_hook(_on_output(act))
+
+    def _gain_free(self, module: nn.Module, act: Any):
+        gain = self.family.gain_offset + module.get_parameter("weight").float()
+
+        def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            x = args[0].float()
+            unscaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _epsilon(module))
+            new = act(unscaled)
+            return None if new is None else (new * gain).to(output.dtype)
+
+        return hook
+
+
+def _on_input(act: Any):
+    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args:
+            new = act(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        new = act(kwargs["hidden_states"])
+        return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+    return hook
+
+
+def _on_output(act: Any):
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        # Decoder layers return a tensor in transformers 5 and a tuple in 4.
+        if isinstance(output, tuple):
+            new = act(output[0])
+            return None if new is None else (new, *output[1:])
+        return act(output)
+
+    return hook
+
+
+def _epsilon(norm: nn.Module) -> float:
+    for name in ("eps", "variance_epsilon"):
+        if isinstance(value := getattr(norm, name, None), float):
+            return value
+    raise AssertionError(f"{type(norm).__name__} names its epsilon otherwise")
