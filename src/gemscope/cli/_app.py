@@ -1,0 +1,44 @@
+"""The command: verbs put together, and mistakes told in one sentence."""
+
+import sys
+
+import typer
+
+from gemscope.errors import InputError
+
+from . import _demo, _doctor, _eval, _info, _list, _look, _train
+
+app = typer.Typer(
+    name="gemscope",
+    help="The open workbench for Gemma Scope: load, run, evaluate and train sparse dictionaries.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(_demo.demo)
+app.command("eval")(_eval.evaluate_command)
+app.command("look")(_look.look)
+app.command("info")(_info.info)
+app.command("list")(_list.list_command)
+app.command("train")(_train.train_command)
+app.command("doctor")(_doctor.doctor)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code: 0, 2 for a user's mistake, 130 or 143 when stopped."""
+    try:
+        app(arguments, prog_name="gemscope")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    except InputError as mistake:
+        print(f"gemscope: {mistake}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough, as `head` does. Nothing is left to be flushed.
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("gemscope: interrupted", file=sys.stderr)
+        return 130
+    return 0

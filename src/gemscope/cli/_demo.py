@@ -1,0 +1,49 @@
+"""`gemscope demo`."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._show import console
+
+_TEXT = """def mean(values):
+    \"\"\"Return the arithmetic mean.\"\"\"
+    if not values:
+        raise ValueError("empty")
+"""
+_TOKENS = 16_384
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports"),
+    tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, at most.")] = _TOKENS,
+) -> None:
+    """Evaluate the bundled dictionaries on the bundled model, offline, and look at one."""
+    from gemscope import features, hub
+    from gemscope.evaluate import Settings
+
+    from . import _eval, _look
+
+    began = time.monotonic()
+    to = console()
+    entries = hub.catalog()
+    to.print(
+        f"[bold]gemscope demo[/bold]: {len(entries)} dictionaries of the miniature, a small "
+        "Gemma 3 trained on\nPython's standard library, spliced into it on modules it never saw.\n"
+    )
+    records, page = _eval.run(
+        [entry.address for entry in entries], Settings(tokens=tokens), out=out, title="Demo"
+    )
+    _eval.print_summary(records)
+    chosen = next(entry for entry in entries if entry.kind == "sae" and entry.reads.layer >= 3)
+    to.print(f"\n[bold]What {chosen.address} sees in a few lines of code[/bold]\n")
+    from gemscope.lm import load_model
+
+    _look._print(features.look(load_model(entries[0].model), hub.build(chosen), _TEXT), 5)
+    to.print(
+        f"\nThe report: {page} (open it in a browser)\n"
+        f'Next: gemscope look "import os" --sae {chosen.address}\n'
+        f"      gemscope list\n[dim]{time.monotonic() - began:.0f} seconds[/dim]"
+    )

@@ -1,0 +1,76 @@
+"""What the verbs share: one JSON value on stdout, progress on stderr."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gemscope.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+
+
+def print_json(value: Any) -> None:
+    """One JSON value, and nothing else, on standard output."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """A terminal, or plain text when redirected."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=not stderr)
+
+
+@contextmanager
+def bar(*columns: "ProgressColumn") -> "Iterator[Progress]":
+    """A bar on stderr, of which a user's mistake leaves nothing: it is told in one line."""
+    from rich.progress import Progress
+
+    progress = Progress(*columns, console=console(stderr=True))
+    end = progress.stop
+    progress.start()
+    try:
+        yield progress
+    except InputError:
+        progress.live.transient, end = True, progress.live.stop
+        raise
+    finally:
+        end()
+
+
+@contextmanager
+def token_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with rate and time left, for callbacks of `(what, done, total)`."""
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description:<24}"),
+        bars.BarColumn(bar_width=30),
+        bars.TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        bars.TextColumn("{task.fields[rate]}"),
+        bars.TimeRemainingColumn(),
+    )
+    tasks: dict[str, bars.TaskID] = {}
+    with bar(*columns) as progress:
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total, rate="")
+            task = progress.tasks[list(tasks).index(what)]
+            speed = f"{task.speed:,.0f} tokens/s" if task.speed else ""
+            progress.update(tasks[what], completed=done, rate=speed)
+
+        yield update
+
+
+def percent(share: float | None) -> str:
+    """`0.0125` as `1.25%`."""
+    return "-" if share is None or share != share else f"{share:.2%}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure in at most `digits` significant digits."""
+    return "-" if value is None or value != value else f"{value:.{digits}g}"

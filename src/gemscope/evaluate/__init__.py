@@ -1,0 +1,16 @@
+"""Metrics of dictionaries on text, and the report."""
+
+from ._evaluate import Evaluation as Evaluation
+from ._evaluate import Settings as Settings
+from ._evaluate import evaluate as evaluate
+from ._importance import uniformity as uniformity
+from ._metrics import DEFINITIONS as DEFINITIONS
+from ._record import Provenance as Provenance
+from ._record import Record as Record
+from ._record import record as record
+from ._report import new_folder as new_folder
+from ._report import shown_token as shown_token
+from ._report import write_report as write_report
+from ._top import ContextRecord as ContextRecord
+from ._top import FeatureRecord as FeatureRecord
+from ._top import top_features as top_features

@@ -1,0 +1,5 @@
+"""What features fire on."""
+
+from ._look import Look as Look
+from ._look import look as look
+from ._look import plot_look as plot_look
