@@ -1,0 +1,67 @@
+"""Shapes are checked in every test; nothing reaches a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook("gemscope", "beartype.beartype")
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def miniature():
+    """The bundled model, in float32."""
+    from gemscope.lm import load_model
+
+    return load_model("miniature", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def entries():
+    """The catalog's artefacts."""
+    from gemscope.hub import catalog
+
+    return catalog()
+
+
+@pytest.fixture(scope="session")
+def residual(entries):
+    """The first residual-stream dictionary."""
+    from gemscope.hub import build
+
+    return build(next(e for e in entries if e.kind == "sae"))
+
+
+@pytest.fixture
+def generator():
+    """A seeded source of random numbers."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def command(capsys):
+    """Run a command in this process: `(exit code, stdout, stderr)`."""
+    from gemscope.cli import main
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def unchecked():
+    """Shape checks off: what a user without them is told."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,154 @@
+"""The dictionary as a function: against float64, by hand, and by laws."""
+
+import pytest
+import torch
+
+from gemscope.errors import InputError
+from gemscope.sae import SAE, BatchTopK, JumpReLU, ReLU, SparseFeatures, TopK
+from gemscope.sae import _sae as module
+from gemscope.sites import Site
+
+HERE = Site.parse("0.resid_post")
+D_IN, D_SAE, D_OUT = 24, 200, 16
+
+
+def made(activation=None, *, dtype=torch.float32, skip=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    threshold = torch.rand(D_SAE, generator=g) * 2
+    return SAE(
+        w_enc=torch.randn(D_IN, D_SAE, generator=g).to(dtype),
+        b_enc=torch.randn(D_SAE, generator=g).to(dtype),
+        w_dec=torch.randn(D_SAE, D_OUT, generator=g).to(dtype),
+        b_dec=torch.randn(D_OUT, generator=g).to(dtype),
+        skip=torch.randn(D_IN, D_OUT, generator=g).to(dtype) if skip else None,
+        activation=activation or JumpReLU(threshold),
+        reads=HERE,
+        writes=HERE,
+    )
+
+
+def inputs(n=50):
+    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(1))
+
+
+def double(sae, x):
+    """Pre-activations in float64, and the bound on their float32 rounding."""
+    pre = x.double() @ sae.w_enc.double() + sae.b_enc.double()
+    # A dot product of length n in float32 errs by at most n units of rounding of its absolute sum.
+    sums = x.double().abs() @ sae.w_enc.double().abs() + sae.b_enc.double().abs()
+    return pre, (D_IN + 1) * 2**-24 * sums
+
+
+def test_jumprelu_by_hand():
+    pre = torch.tensor([[1.0, 2.0, 3.0, -1.0]])
+    mask = JumpReLU(torch.tensor([1.0, 1.0, 5.0, 0.0])).mask(pre)
+    assert mask.tolist() == [[False, True, False, False]]
+
+
+def test_a_value_on_the_threshold_is_off_and_a_value_above_is_kept_whole():
+    pre = torch.tensor([[0.5, torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()]])
+    assert JumpReLU(torch.tensor([0.5, 0.5])).mask(pre).tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encode_against_float64(dtype):
+    sae, x = made(dtype=dtype), inputs()
+    pre, bound = double(sae, x)
+    got = sae.encode(x).dense().double()
+    above = pre - sae.activation.threshold.double()
+    decided = above.abs() > bound
+    expected = torch.where(above > 0, pre, 0.0)
+    assert decided.double().mean() > 0.999
+    assert ((got - expected).abs() <= bound)[decided].all()
+    assert sae.encode(x).values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("skip", [False, True])
+def test_decode_against_float64(dtype, skip):
+    sae, x = made(dtype=dtype, skip=skip), inputs()
+    features = sae.encode(x)
+    dense = features.dense().double()
+    expected = dense @ sae.w_dec.double() + sae.b_dec.double()
+    sums = dense.abs() @ sae.w_dec.double().abs() + sae.b_dec.double().abs()
+    if skip:
+        expected += x.double() @ sae.skip.double()
+        sums += x.double().abs() @ sae.skip.double().abs()
+    got = sae.decode(features, x)
+    terms = int(features.counts.max()) + D_IN + 2
+    assert got.dtype == torch.float32
+    assert ((got.double() - expected).abs() <= terms * 2**-24 * sums).all()
+
+
+def test_chunks_do_not_change_the_answer(monkeypatch):
+    for activation in (None, ReLU(), TopK(7), BatchTopK(7)):
+        sae, x = made(activation), inputs(37)
+        whole = sae.encode(x)
+        monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * D_SAE * 5)
+        parts = sae.encode(x)
+        monkeypatch.undo()
+        assert torch.equal(whole.offsets, parts.offsets)
+        assert torch.equal(whole.indices, parts.indices)
+        torch.testing.assert_close(whole.values, parts.values, rtol=1e-6, atol=1e-6)
+
+
+def test_top_k_keeps_the_k_largest_and_no_negative_one():
+    sae, x = made(TopK(7)), inputs()
+    pre, _ = double(sae, x)
+    features = sae.encode(x)
+    assert (features.counts <= 7).all()
+    for row, pairs in zip(pre, features.top(7), strict=True):
+        assert [i for i, _ in pairs] == row.topk(7).indices[row.topk(7).values > 0].tolist()
+    negative = SAE(**(vars(sae) | {"b_enc": sae.b_enc - 1e6}))
+    assert negative.encode(x).indices.numel() == 0
+
+
+def test_batch_top_k_shares_its_budget_over_the_batch():
+    sae, x = made(BatchTopK(7)), inputs()
+    pre, _ = double(sae, x)
+    features = sae.encode(x)
+    assert features.indices.numel() == 7 * len(x)
+    assert features.counts.unique().numel() > 1
+    assert features.values.min() >= pre.flatten().topk(7 * len(x)).values.min() - 1e-4
+
+
+def test_sparse_and_dense_say_the_same():
+    dense = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 0.0], [3.0, 0.0, 1.0]])
+    sparse = SparseFeatures.from_dense(dense)
+    assert torch.equal(sparse.dense(), dense)
+    assert sparse.top(1) == [[(1, 2.0)], [], [(0, 3.0)]]
+    assert sparse.counts.tolist() == [1, 0, 2]
+    assert torch.equal(sparse.tokens(1, 3).dense(), dense[1:])
+    joined = SparseFeatures.join([sparse, sparse.tokens(2, 3)])
+    assert torch.equal(joined.dense(), torch.cat((dense, dense[2:])))
+
+
+def test_leading_axes_are_flattened_in_order_and_given_back():
+    sae, x = made(), inputs(12)
+    shaped = x.reshape(3, 4, D_IN)
+    assert torch.equal(sae.encode(shaped).values, sae.encode(x).values)
+    assert torch.equal(sae.reconstruct(shaped), sae.reconstruct(x).reshape(3, 4, D_OUT))
+
+
+def test_no_token_and_no_feature_are_no_trouble():
+    sae = made()
+    assert sae.encode(inputs(0)).n_tokens == 0
+    silent = SAE(**(vars(sae) | {"b_enc": sae.b_enc - 1e6}))
+    assert torch.equal(silent.reconstruct(inputs(2)), sae.b_dec.expand(2, -1))
+
+
+def test_a_skip_connection_is_never_dropped():
+    sae, x = made(skip=True), inputs()
+    with pytest.raises(InputError, match=r"decode\(features, x\) needs x"):
+        sae.decode(sae.encode(x))
+
+
+def test_wrong_widths_are_told(unchecked):
+    with pytest.raises(InputError, match="width 3 for a dictionary that reads 24"):
+        made().encode(torch.zeros(2, 3))
+    with pytest.raises(InputError, match=r"features of width 3 for a dictionary of 200"):
+        made().decode(SparseFeatures.from_dense(torch.ones(2, 3)))
+    with pytest.raises(InputError, match=r"b_enc is \[3\], not \[200\]"):
+        SAE(**(vars(made()) | {"b_enc": torch.zeros(3)}))
+    with pytest.raises(InputError, match=r"threshold is \[4\], not \[200\]"):
+        made(JumpReLU(torch.zeros(4)))

@@ -1,0 +1,428 @@
+"""The reference trainer: gradients against an oracle, laws of the step, and nothing lost."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gemscope import formats
+from gemscope.activations import ActivationStream, Position
+from gemscope.corpus import contexts, read_text
+from gemscope.errors import InputError
+from gemscope.hub import load_sae
+from gemscope.sites import Site
+from gemscope.train import Trainer, parse_config, read_config, smoke_test, train
+from gemscope.train._dictionary import (
+    Scales,
+    frequency_penalty,
+    initial,
+    l0_penalty,
+    remove_parallel,
+)
+
+CONFIG = {
+    "model": "miniature",
+    "reads": "2.resid_post",
+    "writes": "2.resid_post",
+    "d_sae": 64,
+    "out": "",
+    "checkpoint_every": 4,
+    "data": {"text": "miniature", "tokens": 12_288, "context": 64, "batch": 512, "bucket": 2_048},
+    "optimizer": {"lr": 1e-3, "warm_up": 3, "decay": 0.5},
+    "sparsity": {
+        "l0": 8,
+        "coefficient": 0.01,
+        "warm_up": 5,
+        "bandwidth": 0.05,
+        "threshold": None,
+        "start_l0": 16,
+    },
+}
+
+
+def config(out, **changes):
+    raw = json.loads(json.dumps(CONFIG)) | {"out": str(out)}
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        place = raw
+        for section in sections:
+            place = place[section]
+        place[key] = value
+    return parse_config(raw, source="the test")
+
+
+def dictionary(*, transcoder=False, affine=False, threshold=0.05, d=12, m=40):
+    g = torch.Generator().manual_seed(5)
+    made = initial(
+        d, m, d, transcoder=transcoder, affine=affine, centre=torch.randn(d, generator=g) / d,
+        threshold=threshold, generator=g,
+    )  # fmt: skip
+    made.b_enc.copy_(torch.randn(m, generator=g) * 0.02)
+    made.threshold.copy_(torch.rand(m, generator=g) * 0.1 + 0.02)
+    for value in made.parameters().values():
+        value.requires_grad_()
+    return made
+
+
+def oracle_gradients(made, x, y, *, bandwidth, coefficient, target, frequency, scale):
+    """The gradients written out in float64, entry by entry (2407.14435 and the quadratic L0)."""
+    p = {n: v.detach().double() for n, v in made.parameters().items()}
+    x, y = x.double(), y.double()
+    batch = len(x)
+    centred = x - p["b_dec"] if made.pre_bias else x
+    z = centred @ p["w_enc"] + p["b_enc"]
+    active = (z > p["threshold"]).double()
+    f = z * active
+    out = f @ p["w_dec"] + p["b_dec"]
+    if "skip" in p:
+        out = out + x @ p["skip"]
+    g = 2 / batch * (out - y)
+    df = g @ p["w_dec"].T
+    dz = df * active
+    slope = 4 / target * (active.sum(1) - target)
+    window = ((z - p["threshold"]).abs() < bandwidth / 2).double()
+    below = int((window * (1 - active)).sum())
+    often = 2 * active.mean(0) / scale
+    steps = coefficient * slope[:, None] + frequency * often
+    inner = p["threshold"] * df + steps / batch
+    gradients = {
+        "w_enc": centred.T @ dz,
+        "b_enc": dz.sum(0),
+        "w_dec": f.T @ g,
+        "b_dec": g.sum(0) - (dz.sum(0) @ p["w_enc"].T if made.pre_bias else 0),
+        "threshold": -(window * inner).sum(0) / bandwidth,
+    }
+    if "skip" in p:
+        gradients["skip"] = x.T @ g
+    return gradients, below
+
+
+@pytest.mark.parametrize(("transcoder", "affine"), [(False, False), (True, False), (True, True)])
+def test_gradients_against_float64(transcoder, affine):
+    made = dictionary(transcoder=transcoder, affine=affine)
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(64, 12, generator=g) / math.sqrt(12)
+    y = torch.randn(64, 12, generator=g) / math.sqrt(12) if transcoder else x
+    out = made(x, 0.05)
+    loss = (out.y - y).square().sum(1).mean()
+    loss = loss + 0.3 * l0_penalty(out.active, 7.0) + 0.2 * frequency_penalty(out.active, 0.1)
+    loss.backward()
+    expected, below = oracle_gradients(
+        made, x, y, bandwidth=0.05, coefficient=0.3, target=7.0, frequency=0.2, scale=0.1
+    )
+    assert below > 50, "the case holds silent features inside the lower half-window"
+    for name, value in expected.items():
+        got = getattr(made, name).grad.double()
+        # Sums of some hundred float32 terms; the threshold's are divided by the bandwidth.
+        scale = value.abs().max()
+        assert scale > 1e-3
+        assert (got - value).abs().max() < 2e-5 * scale, name
+
+
+def test_the_lower_half_window_matters():
+    """A step that saw only what fires would give another threshold gradient."""
+    made = dictionary()
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(6)) / math.sqrt(12)
+    l0_penalty(made(x, 0.05).active, 7.0).backward()
+    z = made.pre_activations(x).detach()
+    theta = made.threshold.detach()
+    upper = ((z - theta).abs() < 0.025) & (z > theta)
+    slope = 4 / 7.0 * ((z > theta).sum(1) - 7.0) / 64
+    half = -(upper * slope[:, None]).sum(0) / 0.05
+    assert (made.threshold.grad - half).abs().max() > 0.1 * made.threshold.grad.abs().max()
+
+
+def test_scaling_everything_scales_the_features_and_nothing_else():
+    made = dictionary()
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(6)) / math.sqrt(12)
+    out, folded = made(x, 0.05), made.folded(Scales(37.0, 37.0))
+    f = 37.0 * x @ folded["w_enc"] + folded["b_enc"]
+    f = f * (f > folded["threshold"])
+    torch.testing.assert_close(f, 37.0 * out.features.detach(), rtol=1e-4, atol=1e-4)
+    y = f @ folded["w_dec"] + folded["b_dec"]
+    torch.testing.assert_close(y, 37.0 * out.y.detach(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(folded["w_dec"], made.w_dec.detach())
+
+
+def test_folding_a_transcoder_keeps_its_function():
+    made = dictionary(transcoder=True, affine=True)
+    with torch.no_grad():
+        made.skip.normal_(generator=torch.Generator().manual_seed(7))
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(6))
+    out, folded = made(x, 0.05), made.folded(Scales(3.0, 11.0))
+    raw = 3.0 * x
+    f = raw @ folded["w_enc"] + folded["b_enc"]
+    f = f * (f > folded["threshold"])
+    assert ((f > 0).sum(1) == out.active.sum(1)).float().mean() > 0.98
+    y = f @ folded["w_dec"] + folded["b_dec"] + raw @ folded["affine_skip_connection"]
+    torch.testing.assert_close(y, 11.0 * out.y.detach(), rtol=1e-3, atol=2e-2)
+
+
+def test_the_projected_gradient_does_not_lengthen_a_row():
+    rows = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
+    gradient = torch.randn(9, 5)
+    remove_parallel(gradient, rows)
+    assert (gradient * rows).sum(1).abs().max() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def rows(miniature):
+    return list(contexts(read_text("miniature"), miniature.tokenizer, length=64))
+
+
+def stream(miniature, rows, **changes):
+    site = Site.parse("2.resid_post")
+    options = {"batch": 512, "bucket": 2_048, "seed": 3} | changes
+    return ActivationStream(miniature, rows, site, site, **options)
+
+
+def test_the_stream_goes_on_where_it_stopped(miniature, rows):
+    whole = stream(miniature, rows[:100]).batches()
+    seen = [next(whole) for _ in range(15)]
+    again = stream(miniature, rows[:100]).batches(seen[6].after)
+    for expected, got in zip(seen[7:], again, strict=False):
+        assert torch.equal(expected.x, got.x)
+        assert expected.after == got.after
+
+
+def test_the_stream_serves_every_counted_token_once_an_epoch_and_never_bos(miniature, rows):
+    few = rows[:24]
+    source = stream(miniature, few, batch=64, bucket=512)
+    wanted = torch.cat(
+        [
+            miniature.run(text, read=[Site.parse("2.resid_post")])[Site.parse("2.resid_post")][
+                0, 1:
+            ]
+            for text in (miniature.tokenizer.decode(row.ids[1:]) for row in few[:2])
+        ]
+    )
+    served, batches = [], source.batches()
+    while True:
+        batch = next(batches)
+        served.append(batch.x)
+        if batch.after.bucket >= source.buckets:
+            break
+    served = torch.cat(served)
+    total = sum(len(row.ids) - 1 for row in few)
+    assert total - source.buckets * 64 < len(served) <= total
+    bos = miniature.run("a", read=[Site.parse("2.resid_post")])[Site.parse("2.resid_post")][0, 0]
+    assert torch.cdist(served, bos[None]).min() > 1e-2 * bos.norm()
+    found = (torch.cdist(wanted, served).amin(1) < 1e-2 * wanted.norm(dim=1)).float().mean()
+    assert found > 0.7
+
+
+def test_neighbours_in_the_text_are_not_neighbours_in_the_stream(miniature, rows):
+    x, _ = stream(miniature, rows[:100]).first_bucket()
+    x = x - x.mean(0)
+    along = torch.nn.functional.cosine_similarity(x[:-1], x[1:]).mean()
+    site = Site.parse("2.resid_post")
+    text = miniature.tokenizer.decode(rows[0].ids[1:])
+    y = miniature.run(text, read=[site])[site][0, 1:]
+    y = y - y.mean(0)
+    in_text = torch.nn.functional.cosine_similarity(y[:-1], y[1:]).mean()
+    assert abs(along) < 0.05 < in_text
+
+
+def advanced(trainer, steps):
+    batches = trainer.stream.batches(trainer.position)
+    return [trainer.advance(next(batches)) for _ in range(steps)]
+
+
+def test_after_every_step_rows_are_unit_and_thresholds_positive(miniature, rows, tmp_path):
+    trainer = Trainer(config(tmp_path), stream(miniature, rows))
+    for _ in range(5):
+        advanced(trainer, 1)
+        norms = trainer.dictionary.w_dec.detach().norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones(64), rtol=1e-6, atol=1e-6)
+        assert trainer.dictionary.threshold.min() > 0
+        assert trainer.dictionary.threshold.dtype == torch.float32
+
+
+def test_training_learns_and_reaches_its_l0(miniature, rows, tmp_path):
+    chosen = config(tmp_path, data__tokens=512 * 250, sparsity__coefficient=0.05)
+    trainer = Trainer(chosen, stream(miniature, rows))
+    progress = advanced(trainer, 250)
+    early = sum(p.fvu for p in progress[:10]) / 10
+    late = progress[-10:]
+    assert sum(p.fvu for p in late) / 10 < 0.8 * early
+    assert sum(p.l0 for p in late) / 10 == pytest.approx(8, rel=0.15)
+
+
+def test_the_coefficient_changes_the_path(miniature, rows, tmp_path):
+    ends = []
+    for coefficient in (0.0, 0.1):
+        chosen = config(tmp_path, sparsity__coefficient=coefficient, data__tokens=512 * 60)
+        ends.append(advanced(Trainer(chosen, stream(miniature, rows)), 60)[-1].l0)
+    assert abs(ends[1] - 8) < abs(ends[0] - 8)
+
+
+def test_the_learning_rate_follows_the_recipe(miniature, rows, tmp_path):
+    trainer = Trainer(config(tmp_path), stream(miniature, rows))
+    rates = []
+    for step in range(trainer.config.steps):
+        trainer.step = step
+        rates.append(trainer._rate() / 1e-3)
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[3:12] == pytest.approx([1.0] * 9)
+    assert rates[-1] == pytest.approx(1 / 12)
+
+
+def weights(artefact):
+    return formats.read(artefact)[1]
+
+
+def test_an_interrupted_run_ends_bit_equal(miniature, tmp_path):
+    whole = train(config(tmp_path / "whole"), model=miniature)
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def kill(progress):
+        if progress.step == 10:  # two steps after a checkpoint
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config(tmp_path / "parts"), model=miniature, report=kill)
+    steps = []
+    parts = train(
+        config(tmp_path / "parts"),
+        model=miniature,
+        resume=True,
+        report=lambda p: steps.append(p.step),
+    )
+    assert steps[0] == 9
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(parts)[name]), name
+
+
+def test_the_artefact_is_the_trained_function(miniature, tmp_path):
+    chosen = config(tmp_path)
+    last = []
+    artefact = train(chosen, model=miniature, report=last.append)
+    sae = load_sae(str(artefact))
+    assert (sae.reads, sae.writes, sae.d_sae) == (chosen.reads, chosen.writes, 64)
+    assert sae.origin.model == miniature.name
+    assert sae.origin.l0 == 8
+    rows_ = list(contexts(read_text("miniature"), miniature.tokenizer, length=64))
+    source = ActivationStream(
+        miniature, rows_, chosen.reads, chosen.writes, batch=512, bucket=2_048, seed=0
+    )
+    x, _ = source.first_bucket()
+    assert sae.encode(x).counts.float().mean().item() == pytest.approx(last[-1].l0, rel=0.3)
+    error = (sae.reconstruct(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert error.item() == pytest.approx(last[-1].fvu, rel=0.3)
+
+
+def test_a_transcoder_with_a_skip_is_trained_and_saved(miniature, tmp_path):
+    artefact = train(
+        config(tmp_path, reads="2.mlp_in", writes="2.mlp_out", affine=True), model=miniature
+    )
+    sae = load_sae(str(artefact))
+    assert sae.is_transcoder
+    assert sae.skip.abs().max() > 0
+    assert formats.read_config(artefact).hf_hook_point_in == (
+        "model.layers.2.pre_feedforward_layernorm.output"
+    )
+
+
+def test_a_finished_run_is_not_overwritten(miniature, tmp_path):
+    artefact = train(config(tmp_path), model=miniature)
+    with pytest.raises(InputError, match="is finished; choose another out"):
+        train(config(tmp_path), model=miniature)
+    assert artefact.is_dir()
+
+
+def test_a_checkpoint_of_another_config_is_refused_with_what_differs(miniature, tmp_path):
+    def stop(progress):
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path), model=miniature, report=stop)
+    with pytest.raises(InputError, match=r"optimizer\.lr was 0\.001, is 0\.002"):
+        train(config(tmp_path, optimizer__lr=2e-3), model=miniature)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="is not a checkpoint, or damaged"):
+        train(config(tmp_path), model=miniature)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(miniature, tmp_path):
+    with pytest.raises(InputError, match=r"loss of .* is (nan|inf)"):
+        train(config(tmp_path, optimizer__lr=1e30), model=miniature)
+    assert not (tmp_path / "artefact").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_loses_nothing(tmp_path, signum):
+    """The command, stopped from outside and run again, ends bit-equal to one left alone."""
+    folders = {}
+    for name in ("whole", "parts"):
+        raw = json.loads(json.dumps(CONFIG)) | {"out": str(tmp_path / name)}
+        raw["data"]["tokens"] = 512 * 60
+        folders[name] = tmp_path / f"{name}.yaml"
+        folders[name].write_text(yaml.safe_dump(raw))
+
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, "-m", "gemscope", "train", str(folders[name])],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+
+    whole = start("whole")
+    assert whole.wait(timeout=120) == 0
+    broken = start("parts")
+    checkpoint = tmp_path / "parts" / "checkpoint.safetensors"
+    for _ in range(1_000):
+        if checkpoint.exists():
+            break
+        time.sleep(0.05)
+    broken.send_signal(signum)
+    _, stderr = broken.communicate(timeout=60)
+    if broken.returncode != 0:  # it may have been faster than the signal
+        assert broken.returncode == (-9 if signum == signal.SIGKILL else 128 + signum)
+        assert "Traceback" not in stderr
+        if signum != signal.SIGKILL:
+            assert "run the same command to go on" in stderr
+        again = start("parts")
+        assert again.wait(timeout=120) == 0
+    for name, value in weights(tmp_path / "whole" / "artefact").items():
+        assert torch.equal(value, weights(tmp_path / "parts" / "artefact")[name]), name
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(miniature, rows, tmp_path, monkeypatch):
+    trainer = Trainer(config(tmp_path), stream(miniature, rows))
+    (progress,) = advanced(trainer, 1)
+    trainer.save(tmp_path, progress)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device; the one before it"):
+        trainer.save(tmp_path, progress)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").rglob("*.yaml")), ids=str)
+def test_shipped_configs_are_valid_and_pass_their_smoke_test(file, miniature, tmp_path):
+    chosen = read_config(file, [f"out={tmp_path / 'run'}"])
+    if chosen.model != "miniature":
+        return
+    small = smoke_test(chosen)
+    assert load_sae(str(train(small, model=miniature))).d_sae == small.d_sae
+
+
+def test_positions_begin_at_the_beginning():
+    assert Position() == Position(0, 0)
