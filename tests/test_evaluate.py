@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace as change
 
 import numpy as np
@@ -136,10 +137,9 @@ def oracle(model, sae, ours):
 @pytest.mark.parametrize("kind", ["sae", "transcoder"])
 def test_every_metric_against_float64(exact, entries, kind):
     sae = build(next(e for e in entries if e.kind == kind))
-    # Thresholds in the middle of the pre-activations make a dictionary of a few tokens lively.
     (result,) = evaluate(exact, [sae], DOCUMENTS)
     expected, flips, entries_ = oracle(exact, sae, lambda x: sae.encode(x).dense())
-    assert flips < 1e-4 * entries_
+    assert flips < 1e-3 * entries_
     for name, value in expected.items():
         # Features and reconstructions are float32: relative rounding of 2^-24 in sums of some
         # 300 terms, a thousand times less than what any wrong definition would give.
@@ -171,7 +171,7 @@ def test_importance_uniformity_against_float64(exact, residual):
         handle.remove()
         f = residual.encode(leaf["x"].detach()[0, 1:]).dense().double()
         y = (f * (gradient[0, 1:] @ residual.w_dec.double().T)).abs()
-        for row in y:
+        for row in y[y.sum(1) > 0]:
             p = row[row > 0] / row.sum()
             found.append(math.exp(-(p * p.log()).sum()) / len(p))
     assert result.metrics["importance_uniformity"] == pytest.approx(np.mean(found), rel=1e-4)
@@ -340,8 +340,9 @@ def test_the_report_escapes_what_the_text_holds(miniature, residual, entries, tm
     body = page.split("</style>")[1]
     for tag in ("<script>alert", "<img src=x", "<b>bold", "<i>title"):
         assert tag not in body
-    assert "http://" not in body.replace("http://www.w3.org", "")
-    assert "https://" not in body.replace("https://matplotlib.org", "")
+    assert not re.search(
+        r"""(src|href)=["']?(https?:)?//|url\(|@import""", body.replace("url(#", "")
+    )
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {
         "pareto.svg", "loss.svg", "density.svg", "positions.svg",
     }  # fmt: skip

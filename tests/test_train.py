@@ -22,9 +22,11 @@ from gemscope.sites import Site
 from gemscope.train import Trainer, parse_config, read_config, smoke_test, train
 from gemscope.train._dictionary import (
     Scales,
+    align,
     frequency_penalty,
     initial,
     l0_penalty,
+    measured_thresholds,
     remove_parallel,
 )
 
@@ -355,7 +357,7 @@ def test_a_checkpoint_of_another_config_is_refused_with_what_differs(miniature, 
 
 
 def test_a_loss_that_is_no_number_stops_the_run(miniature, tmp_path):
-    with pytest.raises(InputError, match=r"loss of .* is (nan|inf)"):
+    with pytest.raises(InputError, match=r"diverged: .* at step \d+; lower optimizer"):
         train(config(tmp_path, optimizer__lr=1e30), model=miniature)
     assert not (tmp_path / "artefact").exists()
 
@@ -426,3 +428,39 @@ def test_shipped_configs_are_valid_and_pass_their_smoke_test(file, miniature, tm
 
 def test_positions_begin_at_the_beginning():
     assert Position() == Position(0, 0)
+
+
+def test_numbers_may_be_written_as_everyone_writes_them(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(CONFIG | {"out": "x"}).replace("lr: 0.001", "lr: 1e-3"))
+    assert "1e-3" in file.read_text()
+    assert read_config(file).optimizer.lr == 1e-3
+    assert read_config(file, ["optimizer.lr=2E-4"]).optimizer.lr == 2e-4
+
+
+def test_what_is_read_must_come_before_what_is_written(tmp_path):
+    with pytest.raises(InputError, match=r"reads 3\.resid_post comes after writes 2\.resid_post"):
+        config(tmp_path, reads="3.resid_post")
+
+
+def test_a_transcoder_begins_with_features_that_explain_something():
+    """After alignment the features reduce the error; before, they add to it."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.nn.functional.normalize(torch.randn(400, 12, generator=g), dim=1)
+    y = torch.tanh(3 * x @ torch.randn(12, 12, generator=g)) / math.sqrt(12)
+    made = initial(
+        12, 40, 12, transcoder=True, affine=False, centre=y.mean(0), threshold=0.1, generator=g
+    )
+    made.threshold.copy_(measured_thresholds(made, x, 6.0))
+
+    def error():
+        return (made(x, 0.05).y - y).square().sum(1).mean()
+
+    variance = (y - y.mean(0)).square().sum(1).mean()
+    assert error() > variance
+    fired = made(x, 0.05).active
+    align(made, x, y)
+    assert error() < 0.95 * variance
+    # Scaling moves no feature across its threshold, but for the token that is the threshold.
+    assert (made(x, 0.05).active == fired).float().mean() > 0.99
+    torch.testing.assert_close(made.w_dec.norm(dim=1), torch.ones(40))

@@ -34,11 +34,4 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as mistake:
         print(f"gemscope: {mistake}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough, as `head` does. Nothing is left to be flushed.
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        print("gemscope: interrupted", file=sys.stderr)
-        return 130
     return 0

@@ -84,21 +84,19 @@ def run(
     from gemscope import evaluate as ev
     from gemscope.lm import load_model
 
-    folder = ev.new_folder(out, "evaluation")
     lm = load_model(model or models[0], device=device, dtype=dtype)
     saes = [sae.to(lm.device) for sae in saes]
     for sae in saes:
         lm.check_widths(sae) if other_model else lm.check(sae)
     source = dataset or text or "the bundled held-out text"
-    with token_progress() as progress:
+    with ev.report_folder(out, "evaluation") as folder, token_progress() as progress:
         evaluations = ev.evaluate(lm, saes, documents, settings, progress)
         records = [
             ev.record(lm, sae, entry, evaluation, documents, settings, text=source)
             for sae, entry, evaluation in zip(saes, entries, evaluations, strict=True)
         ]
-    return records, ev.write_report(
-        folder, records, title=f"{title}: {lm.name or model or models[0]}"
-    )
+        page = ev.write_report(folder, records, title=f"{title}: {lm.name or model or models[0]}")
+    return records, page
 
 
 def print_summary(records: list["Record"]) -> None:

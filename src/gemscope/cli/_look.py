@@ -30,6 +30,8 @@ def look(
         raise InputError("--feature draws one feature: give --plot FILE with it")
     entry = hub.locate(sae)
     dictionary = hub.build(entry)
+    if plot is not None:
+        features.check_plot(dictionary, plot, feature)
     lm = load_model(model or entry.model)
     lm.check(dictionary)
     seen = features.look(lm, dictionary.to(lm.device), text)

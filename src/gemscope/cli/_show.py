@@ -1,6 +1,7 @@
 """What the verbs share: one JSON value on stdout, progress on stderr."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ def console(*, stderr: bool = False) -> "Console":
     """A terminal, or plain text when redirected."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=not stderr)
+    # A file or a pipe has no width of its own; an address should not be folded there.
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 120
+    return Console(stderr=stderr, highlight=False, width=wide)
 
 
 @contextmanager

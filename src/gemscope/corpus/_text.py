@@ -21,7 +21,8 @@ def read_text(source: str) -> list[Document]:
     """The documents of a named text, a file, a folder, or a glob pattern.
 
     A `.jsonl` file holds one document a line, an object with `text`; any other file is one
-    document. Of a folder, every file is read that is UTF-8 text.
+    document. Of a folder, every file is read that is UTF-8 text and not
+    hidden.
     """
     if source == BUNDLED:
         return _read_lines(miniature.HELD_OUT)
@@ -32,7 +33,7 @@ def read_text(source: str) -> list[Document]:
     if os.path.isfile(path):
         found = _read_file(path)
     elif source and os.path.isdir(path):
-        found = list(_read_all(sorted(f for f in path.rglob("*") if f.is_file())))
+        found = list(_read_all(sorted(f for f in path.rglob("*") if _is_shown(f, path))))
     else:
         files = [Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
         if not files:
@@ -74,6 +75,11 @@ def read_dataset(name: str, *, limit: int = 20_000) -> list[Document]:
     if not found:
         raise InputError(f"data set {name!r} is empty")
     return found
+
+
+def _is_shown(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.is_file()
 
 
 def _read_file(file: Path) -> list[Document]:

@@ -8,7 +8,7 @@ from ._metrics import DEFINITIONS as DEFINITIONS
 from ._record import Provenance as Provenance
 from ._record import Record as Record
 from ._record import record as record
-from ._report import new_folder as new_folder
+from ._report import report_folder as report_folder
 from ._report import shown_token as shown_token
 from ._report import write_report as write_report
 from ._top import ContextRecord as ContextRecord

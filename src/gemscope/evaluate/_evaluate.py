@@ -73,7 +73,7 @@ class Evaluation:
     tokens: int
     documents: int
     density: dict[str, list]
-    positions: list[dict[str, float]]
+    positions: list[dict[str, int | float]]
     statistics: FeatureStatistics = field(repr=False)
     batches: list[TokenBatch] = field(repr=False)
 

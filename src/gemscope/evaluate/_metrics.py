@@ -18,7 +18,7 @@ Columns = dict[str, np.ndarray]
 
 
 def _recovered(ablated: str) -> Formula:
-    def formula(s: Columns) -> np.ndarray:
+    def formula(s: Columns) -> np.ndarray | np.floating:
         return (s[ablated] - s["spliced"]) / (s[ablated] - s["clean"])
 
     return formula

@@ -57,7 +57,7 @@ class Record:
     baseline: dict[str, float]
     published: dict[str, Any] | None
     density: dict[str, list]
-    positions: list[dict[str, float]]
+    positions: list[dict[str, int | float]]
     features: dict[str, list[FeatureRecord]]
     provenance: Provenance
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -24,11 +25,21 @@ _GROUPS = {
 }
 
 
-def new_folder(parent: Path, name: str) -> Path:
-    """A folder for a report under `parent`, named by the time; made at once.
+@contextmanager
+def report_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder for a report under `parent`, named by the time; taken away again if it stays empty.
 
     Made before the work begins: a folder that cannot be written should say so first.
     """
+    folder = _new_folder(parent, name)
+    try:
+        yield folder
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _new_folder(parent: Path, name: str) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     number, folder = 1, parent / f"{stamp}_{name}"
     try:

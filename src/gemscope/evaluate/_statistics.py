@@ -97,7 +97,7 @@ class PositionProfile:
         self.error.index_add_(0, bins, error.double())
         self.count += torch.bincount(bins, minlength=len(self.count))
 
-    def record(self, variance: float) -> list[dict[str, float]]:
+    def record(self, variance: float) -> list[dict[str, int | float]]:
         """Per bin: first position, tokens, and squared error as a share of the overall variance."""
         return [
             {"from": int(e), "tokens": int(n), "fvu": float(s) / int(n) / variance}

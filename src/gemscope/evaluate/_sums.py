@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-Formula = Callable[[dict[str, np.ndarray]], np.ndarray]
+Formula = Callable[[dict[str, np.ndarray]], np.ndarray | np.floating]
 """A figure as a function of sums."""
 
 _RESAMPLES = 1_000
@@ -58,6 +58,9 @@ class DocumentSums:
         out: dict[str, tuple[float, float] | None] = {}
         for name, formula in figures.items():
             with np.errstate(divide="ignore", invalid="ignore"):
-                low, high = np.nanquantile(formula(columns), [0.025, 0.975])
-            out[name] = (float(low), float(high))
+                values = np.asarray(formula(columns))
+            # A figure that is not defined (nothing to recover, say) has no interval either.
+            values = values[np.isfinite(values)]
+            low, high = np.quantile(values, [0.025, 0.975]) if len(values) else (np.nan, np.nan)
+            out[name] = (float(low), float(high)) if len(values) else None
         return out

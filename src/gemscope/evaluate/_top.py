@@ -54,19 +54,14 @@ def top_features(
     """
     statistics = evaluation.statistics
     alive = np.flatnonzero(statistics.fired)
-    by_density = alive[np.argsort(-statistics.density[alive], kind="stable")]
-    by_mean = alive[np.argsort(-statistics.mean[alive], kind="stable")]
+    by_density: list[int] = alive[np.argsort(-statistics.density[alive], kind="stable")].tolist()
+    by_mean: list[int] = alive[np.argsort(-statistics.mean[alive], kind="stable")].tolist()
     # Enough firings for three documents, and rare enough to mean something in particular.
     telling = [f for f in by_density if len(statistics.contexts(f)) == statistics.keep]
-    spread: np.ndarray | list[float] = (
-        np.linspace(0.2, 0.8, count) * (len(telling) - 1) if telling else []
-    )
-    middle = list(dict.fromkeys(int(telling[int(i)]) for i in spread))
-    groups: dict[str, list[int]] = {
-        "density": by_density[:count].tolist(),
-        "mean": by_mean[:count].tolist(),
-        "middle": middle,
-    }
+    telling = telling or by_density
+    spread = np.linspace(0.2, 0.8, count) * (len(telling) - 1)
+    middle = list(dict.fromkeys(telling[int(i)] for i in spread)) if telling else []
+    groups = {"density": by_density[:count], "mean": by_mean[:count], "middle": middle}
     chosen = sorted({f for group in groups.values() for f in group})
     contexts = _contexts(model, sae, evaluation, chosen, documents)
     promoted = _promoted(model, sae, chosen)

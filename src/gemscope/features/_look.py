@@ -60,14 +60,19 @@ def look(model: LanguageModel, sae: SAE, text: str) -> Look:
     return Look(sae, tokens, counts.tolist(), masked, x)
 
 
+def check_plot(sae: SAE, file: Path, feature: int | None) -> None:
+    """Refuse a figure that cannot be drawn, before anything is computed for it."""
+    if file.suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"a figure is written as .svg, .png or .pdf, not as {file.name!r}")
+    if feature is not None and not 0 <= feature < sae.d_sae:
+        raise InputError(f"no feature {feature}: this dictionary has 0 to {sae.d_sae - 1}")
+
+
 def plot_look(seen: Look, file: Path, *, feature: int | None = None, rows: int = 16) -> None:
     """Draw the strongest features over the tokens, or one feature with its threshold."""
     from matplotlib.figure import Figure
 
-    if file.suffix not in (".svg", ".png", ".pdf"):
-        raise InputError(f"a figure is written as .svg, .png or .pdf, not as {file.name!r}")
-    if feature is not None and not 0 <= feature < seen.sae.d_sae:
-        raise InputError(f"no feature {feature}: this dictionary has 0 to {seen.sae.d_sae - 1}")
+    check_plot(seen.sae, file, feature)
     figure = Figure(figsize=(max(6.0, 1.5 + 0.3 * len(seen.tokens)), 4.5), layout="constrained")
     axes = figure.add_subplot()
     if feature is None:
@@ -87,7 +92,9 @@ def plot_look(seen: Look, file: Path, *, feature: int | None = None, rows: int =
 def _heat(figure: Any, axes: Any, seen: Look, rows: int) -> None:
     dense = seen.features.dense().cpu()
     chosen = dense.amax(0).topk(min(rows, seen.sae.d_sae)).indices.sort().values
-    image = axes.imshow(dense[:, chosen].T, aspect="auto", cmap="Oranges", interpolation="nearest")
+    image = axes.imshow(
+        dense[:, chosen].T.numpy(), aspect="auto", cmap="Oranges", interpolation="nearest"
+    )
     axes.set_yticks(range(len(chosen)), chosen.tolist(), fontsize=8)
     axes.set_ylabel("feature")
     axes.set_title(f"The {len(chosen)} strongest features at {seen.sae.reads}", loc="left")

@@ -120,6 +120,11 @@ def check(folder: Path) -> tuple[Config, dict[str, TensorInfo]]:
         raise InputError(
             f"{folder}: {CONFIG} says width {config.width}, the weights are {d_sae} wide"
         )
+    if (config.hf_hook_point_in != config.hf_hook_point_out) != (config.type == "transcoder"):
+        raise InputError(
+            f"{folder}: {CONFIG} says type {config.type}, and reads {config.hf_hook_point_in}, "
+            f"writes {config.hf_hook_point_out}: an sae writes where it reads, a transcoder not"
+        )
     if config.affine_connection != (_SKIP in infos):
         has = "has" if _SKIP in infos else "has no"
         raise InputError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from gemscope import formats, miniature
 from gemscope.errors import InputError, did_you_mean
@@ -90,7 +91,7 @@ def describe(folder: Path, *, address: str, licence: str | None = None) -> Entry
     )
 
 
-def published(entry: Entry) -> dict[str, float] | None:
+def published(entry: Entry) -> dict[str, Any] | None:
     """The figures its makers published for an artefact, named as `evaluate` names them.
 
     A local copy is known by the last two parts of its path, and only with the same model.

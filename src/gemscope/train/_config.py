@@ -1,5 +1,6 @@
 """What a training run is, as typed and validated YAML."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,6 +116,8 @@ class TrainConfig(_Strict):
     def _consistent(self) -> "TrainConfig":
         if self.sparsity.l0 >= self.d_sae:
             raise ValueError(f"sparsity.l0 {self.sparsity.l0} is not below d_sae {self.d_sae}")
+        if self.reads.layer > self.writes.layer:
+            raise ValueError(f"reads {self.reads} comes after writes {self.writes}")
         if self.affine and self.reads == self.writes:
             raise ValueError("affine belongs to transcoders; reads and writes are the same site")
         return self
@@ -125,12 +128,23 @@ class TrainConfig(_Strict):
         return self.data.tokens // self.data.batch
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `1e-3` is a number, as everyone expects; to YAML 1.1 it is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
 def read_config(file: Path, overrides: list[str] | None = None) -> TrainConfig:
     """The config in `file`, after `overrides` such as `data.tokens=100000`."""
     if not file.is_file():
         raise InputError(f"no config at {file}; give a YAML file, such as those in configs/")
     try:
-        raw = yaml.safe_load(file.read_text("utf-8"))
+        raw = yaml.load(file.read_text("utf-8"), _Loader)  # noqa: S506
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -158,7 +172,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(raw, dict):
             raise InputError(f"--set {override!r}: {section} is not a section")
     try:
-        raw[key] = yaml.safe_load(value)
+        raw[key] = yaml.load(value, _Loader)  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(f"--set {override!r}: {value!r} is not YAML") from None
 

@@ -141,6 +141,25 @@ def measured_thresholds(
 
 
 @torch.no_grad()
+def align(dictionary: Dictionary, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"]) -> None:
+    """Give a transcoder's features, in place, something to say before the first step.
+
+    Random encoder and decoder rows have nothing to do with each other: what the features add is
+    noise, and the first thing training learns is to silence them, for good. So each decoder row
+    becomes the direction of what is to be written where its feature fires, and the encoder is
+    scaled so that all of them together explain as much as they can.
+    """
+    z = dictionary.pre_activations(x)
+    f = z * (z > dictionary.threshold)
+    around = y - dictionary.b_dec
+    dictionary.w_dec.copy_(F.normalize(f.T @ around, dim=1))
+    out = f @ dictionary.w_dec
+    scale = ((out * around).sum() / out.square().sum()).clamp_min(1e-3)
+    for value in (dictionary.w_enc, dictionary.b_enc, dictionary.threshold):
+        value.mul_(scale)
+
+
+@torch.no_grad()
 def remove_parallel(gradient: Float[Tensor, "d_sae d"], rows: Float[Tensor, "d_sae d"]) -> None:
     """Take out of `gradient`, in place, what only lengthens the unit vectors `rows`."""
     gradient -= (gradient * rows).sum(1, keepdim=True) * rows

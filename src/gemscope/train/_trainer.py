@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from ._config import TrainConfig
 from ._dictionary import (
     Dictionary,
     Scales,
+    align,
     frequency_penalty,
     initial,
     l0_penalty,
@@ -92,10 +94,7 @@ class Trainer:
             progress = self.advance(batch)
             self.seconds = time.monotonic() - began
             if not math.isfinite(progress.loss):
-                raise InputError(
-                    f"the loss of {self.config.out} is {progress.loss} at step {self.step}: lower "
-                    "optimizer.lr or sparsity.coefficient in a new run; the last checkpoint stays"
-                )
+                self._diverged(f"its loss is {progress.loss}")
             report(progress)
             last = stopping()
             if last or self.step % self.config.checkpoint_every == 0:
@@ -103,6 +102,12 @@ class Trainer:
             if last:
                 break
         return self.step >= self.config.steps
+
+    def _diverged(self, how: str) -> NoReturn:
+        raise InputError(
+            f"{self.config.out} diverged: {how} at step {self.step}; lower optimizer.lr or "
+            "sparsity.coefficient in a new run; the last checkpoint stays as it was"
+        )
 
     def advance(self, batch: ActivationBatch) -> Progress:
         """One step on one batch."""
@@ -163,6 +168,8 @@ class Trainer:
     def save(self, folder: Path, progress: Progress) -> None:
         """Write the checkpoint, and a line of metrics."""
         tensors = {f"parameter.{n}": v for n, v in self.dictionary.parameters().items()}
+        if bad := [n for n, v in tensors.items() if not v.isfinite().all()]:
+            self._diverged(f"{bad[0]} is not finite")
         tensors |= optimizer_tensors(self.optimizer, self.names)
         tensors["last_fired"] = self.last_fired
         state = {
@@ -215,6 +222,8 @@ def _first_dictionary(config: TrainConfig, x: Tensor, y: Tensor) -> Dictionary:
     if config.sparsity.start_l0 is not None:
         sample = x[: max(config.data.batch, 4_096)]
         first.threshold.copy_(measured_thresholds(first, sample, config.sparsity.start_l0))
+        if not first.pre_bias:
+            align(first, sample, y[: len(sample)])
     return first
 
 
