@@ -2,11 +2,14 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ._show import console
+
+if TYPE_CHECKING:
+    from gemscope.corpus import Document
 
 _TEXT = """def mean(values):
     \"\"\"Return the arithmetic mean.\"\"\"
@@ -14,6 +17,17 @@ _TEXT = """def mean(values):
         raise ValueError("empty")
 """
 _TOKENS = 16_384
+
+
+def _beginnings(tokens: int) -> list["Document"]:
+    """The first part of each held-out document: a few tokens of every one say more of how a
+    dictionary does than many of two.
+    """
+    from gemscope import corpus
+
+    documents = corpus.read_text(corpus.BUNDLED)
+    letters = 3 * tokens // len(documents)
+    return [corpus.Document(d.path, d.text[:letters]) for d in documents]
 
 
 def demo(
@@ -34,7 +48,12 @@ def demo(
         "Gemma 3 trained on\nPython's standard library, spliced into it on modules it never saw.\n"
     )
     records, page = _eval.run(
-        [entry.address for entry in entries], Settings(tokens=tokens), out=out, title="Demo"
+        [entry.address for entry in entries],
+        Settings(tokens=tokens),
+        text="the beginnings of the bundled held-out modules",
+        documents=_beginnings(tokens),
+        out=out,
+        title="Demo",
     )
     _eval.print_summary(records)
     chosen = next(entry for entry in entries if entry.kind == "sae" and entry.reads.layer >= 3)

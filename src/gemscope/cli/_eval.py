@@ -10,6 +10,7 @@ from gemscope.errors import InputError
 from ._show import console, number, percent, print_json, token_progress
 
 if TYPE_CHECKING:
+    from gemscope.corpus import Document
     from gemscope.evaluate import Record, Settings
 
 
@@ -60,13 +61,17 @@ def run(
     model: str | None = None,
     text: str | None = None,
     dataset: str | None = None,
+    documents: list["Document"] | None = None,
     device: str | None = None,
     dtype: str | None = None,
     other_model: bool = False,
     out: Path = Path("reports"),
     title: str = "Evaluation",
 ) -> tuple[list["Record"], Path]:
-    """Evaluate `addresses` and write their report; the records and the page."""
+    """Evaluate `addresses` and write their report; the records and the page.
+
+    `documents` stand for what `text` names, where the caller has read it already.
+    """
     from gemscope import corpus, hub
 
     entries = [hub.locate(address) for address in dict.fromkeys(addresses)]
@@ -74,7 +79,7 @@ def run(
     if model is None and len(models) > 1:
         raise InputError(f"these dictionaries belong to several models: {', '.join(models)}; "
                          "evaluate one model's at a time")  # fmt: skip
-    documents = (
+    documents = documents or (
         corpus.read_dataset(dataset)
         if dataset is not None
         else corpus.read_text(corpus.BUNDLED if text is None else text)

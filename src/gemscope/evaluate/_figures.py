@@ -51,7 +51,7 @@ def _loss(records: Sequence["Record"]) -> str:
         values = [_increase(record, name) for record in records]
         bars = axes.bar(places + (k - 1.5) * width, values, width, label=label, color=colour)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
-    axes.set_xticks(places, [record.label for record in records], fontsize=8)
+    axes.set_xticks(places, [record.label.replace(", ", "\n") for record in records], fontsize=8)
     axes.set_ylabel("increase of the loss (nats per token)")
     return _svg(figure, axes, title="replaced by")
 
@@ -78,6 +78,7 @@ def _density(records: Sequence["Record"]) -> str:
     axes.set_xscale("log")
     tokens = max(record.tokens for record in records)
     axes.set_xlim(0.5 / tokens, 1)
+    axes.set_ylim(top=1.45 * axes.get_ylim()[1])  # room for the legend
     axes.set_xlabel("density (share of tokens a feature fires on)")
     axes.set_ylabel("features per quarter decade")
     return _svg(figure, axes)
