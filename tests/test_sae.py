@@ -83,13 +83,15 @@ def test_decode_against_float64(dtype, skip):
 def test_chunks_do_not_change_the_answer(monkeypatch):
     for activation in (None, ReLU(), TopK(7), BatchTopK(7)):
         sae, x = made(activation), inputs(37)
+        _, bound = double(sae, x)
         whole = sae.encode(x)
         monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * D_SAE * 5)
         parts = sae.encode(x)
         monkeypatch.undo()
         assert torch.equal(whole.offsets, parts.offsets)
         assert torch.equal(whole.indices, parts.indices)
-        torch.testing.assert_close(whole.values, parts.values, rtol=1e-6, atol=1e-6)
+        # Two float32 answers, each within its rounding of the exact one.
+        assert ((whole.values - parts.values).abs() <= 2 * bound.max()).all()
 
 
 def test_top_k_keeps_the_k_largest_and_no_negative_one():
