@@ -1,6 +1,7 @@
 """Shapes are checked in every test; nothing reaches a network."""
 
 import os
+import re
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -65,3 +66,34 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def entry(entries):
+    """An artefact that is an SAE of the residual stream."""
+    return next(e for e in entries if e.kind == "sae" and e.d_in == e.d_out)
+
+
+@pytest.fixture
+def refused(command):
+    """Run a command that must be refused, for a reason that matches."""
+
+    def run(*arguments, match):
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, ""), err
+        # A dot matches no line break: this is the whole of stderr, and one line.
+        assert re.fullmatch(rf"gemscope: .*(?:{match}).*\n", err), err
+
+    return run
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file with the given content."""
+
+    def make(content, name="file.txt"):
+        made = tmp_path / name
+        made.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return made
+
+    return make

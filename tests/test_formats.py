@@ -3,108 +3,29 @@
 import json
 import math
 import struct
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from handmade import (
+    CONFIG,
+    D_OUT,
+    D_SAE,
+    DTYPES,
+    SKIP,
+    VALUES,
+    drawn,
+    facts,
+    made,
+    place,
+    same,
+    whole,
+)
 
 from gemscope import formats
 from gemscope.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("unchecked")
-
-D_IN, D_SAE, D_OUT = 3, 5, 4
-SKIP = "affine_skip_connection"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-FUZZ = settings(
-    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-CONFIG = {
-    "hf_hook_point_in": "model.layers.1.output",
-    "hf_hook_point_out": "model.layers.1.output",
-    "width": 3,
-    "model_name": "some/model",
-    "architecture": "jump_relu",
-    "l0": 2.0,
-    "affine_connection": False,
-    "type": "sae",
-}
-VALUES = {
-    "w_dec": ([3, 2], [0.5, -0.5, 1.5, 2.5, -3.0, 4.0]),
-    "b_dec": ([2], [0.25, -0.75]),
-    "w_enc": ([2, 3], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
-    "threshold": ([3], [0.0, 0.125, 8.0]),
-    "b_enc": ([3], [-1.0, 0.0, 1.0]),
-}
-
-
-def encoded(values, dtype):
-    single = b"".join(struct.pack("<f", v) for v in values)
-    if dtype == "F32":
-        return single
-    return b"".join(single[i + 2 : i + 4] for i in range(0, len(single), 4))
-
-
-def made(values=VALUES, dtype="F32"):
-    """Header and bytes of a parameter file, made by hand."""
-    header, data = {}, b""
-    for name, (shape, numbers) in values.items():
-        raw = encoded(numbers, dtype)
-        offsets = [len(data), len(data) + len(raw)]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        data += raw
-    return header, data
-
-
-def whole(header, data):
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw)) + raw + data
-
-
-def place(folder, parameters=None, config=CONFIG):
-    folder.mkdir(exist_ok=True)
-    (folder / "params.safetensors").write_bytes(parameters or whole(*made()))
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def parsed(raw):
-    """What a parameter file says, by the letter of its format and without its library."""
-    length = struct.unpack("<Q", raw[:8])[0]
-    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-    header.pop("__metadata__", None)
-    out = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        flat = torch.frombuffer(bytearray(data[begin:end]), dtype=DTYPES[entry["dtype"]])
-        out[name] = flat.reshape(entry["shape"])
-    return out
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a
-    )
-
-
-def drawn(generator, dtype, *, affine):
-    shapes = {
-        "w_enc": (D_IN, D_SAE),
-        "b_enc": (D_SAE,),
-        "w_dec": (D_SAE, D_OUT),
-        "b_dec": (D_OUT,),
-        "threshold": (D_SAE,),
-    } | ({SKIP: (D_IN, D_OUT)} if affine else {})
-    tensors = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
-    return tensors | {"threshold": tensors["threshold"].abs()}
-
-
-def facts(**changes):
-    return formats.Config(**CONFIG | {"width": D_SAE} | changes)
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -430,55 +351,3 @@ def test_a_whole_number_serves_as_l0_and_other_keys_are_left_out(tmp_path):
 def test_the_model_is_called_by_its_name_on_the_hub(tmp_path, written, meant):
     folder = place(tmp_path / "a", config=CONFIG | {"model_name": written})
     assert formats.read_config(folder).model_name == meant
-
-
-BYTES = st.integers(0, 255)
-DAMAGE = st.lists(
-    st.tuples(st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 2**16), BYTES),
-    min_size=1,
-    max_size=3,
-)
-
-
-def damaged(raw, damage):
-    for kind, where, byte in damage:
-        at = where % (len(raw) + 1)
-        match kind:
-            case "flip":
-                raw = raw[:at] + bytes([byte]) + raw[at + 1 :]
-            case "cut":
-                raw = raw[:at] + raw[at + 1 + byte % 8 :]
-            case "insert":
-                raw = raw[:at] + bytes([byte]) + raw[at:]
-    return raw
-
-
-@FUZZ
-@given(DAMAGE)
-def test_a_damaged_parameter_file_is_refused_or_read_by_the_letter(damage):
-    raw = damaged(whole(*made()), damage)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            _, tensors = formats.read(place(Path(folder), raw or b"\0"))
-        except InputError:
-            return
-        assert same({n: t.clone() for n, t in tensors.items()}, parsed(raw))
-    assert all(t.isfinite().all() for t in tensors.values())
-    assert {n: list(t.shape) for n, t in tensors.items()} == {n: s for n, (s, _) in VALUES.items()}
-
-
-@FUZZ
-@given(DAMAGE)
-def test_a_damaged_config_is_refused_or_read_by_the_letter(damage):
-    raw = damaged(json.dumps(CONFIG).encode(), damage)
-    with tempfile.TemporaryDirectory() as folder:
-        place(Path(folder))
-        (Path(folder) / "config.json").write_bytes(raw)
-        try:
-            config = asdict(formats.read_config(Path(folder)))
-        except InputError:
-            return
-    said = json.loads(raw)
-    assert {n: type(v) for n, v in config.items()} == {n: type(v) for n, v in CONFIG.items()}
-    assert all(config[n] == said[n] for n in config if n != "model_name")
-    assert 0 < config["l0"] <= config["width"]

@@ -62,8 +62,8 @@ def token_progress() -> Iterator[Callable[[str, int, int], None]]:
         def update(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total, rate="")
-            task = progress.tasks[list(tasks).index(what)]
-            speed = f"{task.speed:,.0f} tokens/s" if task.speed else ""
+            pace = next(t.speed for t in progress.tasks if t.id == tasks[what])
+            speed = f"{pace:,.0f} tokens/s" if pace else ""
             progress.update(tasks[what], completed=done, rate=speed)
 
         yield update

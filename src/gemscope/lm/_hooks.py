@@ -59,7 +59,7 @@ class Taps:
 
             return changed
 
-        # With the hook that ends the run last, edits of the last site read are not skipped.
+        # Hooks of one module run in this order: a site is read before it is edited.
         sources = {e.reads for e in edits if e.reads != e.writes} - set(read)
         try:
             for site in sources:
