@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gemscope.sae import SparseFeatures
@@ -26,7 +27,12 @@ class FeatureStatistics:
         self.document = np.zeros(0, dtype=np.int64)
         self.place = np.zeros(0, dtype=np.int64)
 
-    def add(self, features: SparseFeatures, documents: Tensor, places: Tensor) -> None:
+    def add(
+        self,
+        features: SparseFeatures,
+        documents: Int[Tensor, " n_tokens"],
+        places: Int[Tensor, " n_tokens"],
+    ) -> None:
         """Add counted tokens, each with its document and a number that identifies the token."""
         index = features.indices.cpu().numpy().astype(np.int64)
         value = features.values.cpu().numpy()
@@ -91,7 +97,7 @@ class PositionProfile:
         self.error = torch.zeros(len(edges), dtype=torch.float64)
         self.count = torch.zeros(len(edges), dtype=torch.int64)
 
-    def add(self, positions: Tensor, error: Tensor) -> None:
+    def add(self, positions: Int[Tensor, " n"], error: Float[Tensor, " n"]) -> None:
         """Add counted tokens: position in the context (BOS is 0) and squared error."""
         bins = torch.bucketize(positions, self.edges, right=True) - 1
         self.error.index_add_(0, bins, error.double())

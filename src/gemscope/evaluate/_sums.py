@@ -8,6 +8,7 @@ of one document are not independent.
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Int, Num
 from torch import Tensor
 
 Formula = Callable[[dict[str, np.ndarray]], np.ndarray | np.floating]
@@ -23,7 +24,7 @@ class DocumentSums:
         self.names = names
         self.table = np.zeros((0, len(names)))
 
-    def add(self, documents: Tensor, **values: Tensor) -> None:
+    def add(self, documents: Int[Tensor, " n"], **values: Num[Tensor, " n"]) -> None:
         """Add token values `[n]`, given by name, to the documents `[n]` they belong to."""
         index = documents.cpu().numpy()
         if len(index) == 0:

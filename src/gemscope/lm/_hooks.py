@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from gemscope.errors import InputError
@@ -26,7 +27,12 @@ class Taps:
 
     @contextmanager
     def attached(
-        self, read: Sequence[Site], edits: Sequence[Edit], counts: Tensor, *, stop: bool
+        self,
+        read: Sequence[Site],
+        edits: Sequence[Edit],
+        counts: Bool[Tensor, "batch seq"],
+        *,
+        stop: bool,
     ) -> Iterator[None]:
         """Hooks in place while the context lasts.
 
