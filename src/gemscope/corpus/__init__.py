@@ -3,6 +3,7 @@
 from gemscope.miniature import Document as Document
 
 from ._pack import Context as Context
+from ._pack import Prefix as Prefix
 from ._pack import TokenBatch as TokenBatch
 from ._pack import contexts as contexts
 from ._pack import pack as pack

@@ -36,6 +36,15 @@ class TokenBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefix:
+    """Tokens that begin a user's turn in a chat: outliers, left out of every statistic."""
+
+    ids: tuple[int, ...]
+    every_turn: bool
+    """Whether wherever they stand, or only right after BOS."""
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """One row of a batch, before padding."""
 
@@ -56,31 +65,40 @@ def contexts(documents: Iterable[Document], tokenizer: Any, *, length: int) -> I
         except UnicodeEncodeError:
             raise InputError(f"the text of {document.path!r} is not valid Unicode") from None
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        if first and ids[:1] == first:  # a chat template has written it already
+            ids = ids[1:]
         for start in range(0, len(ids), room):
             yield Context(first + ids[start : start + room], index, start)
 
 
 def pack(
-    rows: Iterable[Context], tokenizer: Any, *, batch: int, tokens: int | None = None
+    rows: Iterable[Context],
+    tokenizer: Any,
+    *,
+    batch: int,
+    tokens: int | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[TokenBatch]:
     """Contexts as batches of `batch` rows, up to `tokens` counted tokens in all.
 
-    The last batch counts just as many tokens as are still wanted.
+    The last batch counts just as many tokens as are still wanted. Tokens of `prefix` do not count.
     """
     left, held = tokens, []
     for row in rows:
         held.append(row)
         if len(held) == batch:
-            made = _batch(held, tokenizer, left)
+            made = _batch(held, tokenizer, left, prefix)
             held = []
             yield made
             if left is not None and (left := left - made.n_counted) <= 0:
                 return
     if held:
-        yield _batch(held, tokenizer, left)
+        yield _batch(held, tokenizer, left, prefix)
 
 
-def _batch(rows: list[Context], tokenizer: Any, limit: int | None) -> TokenBatch:
+def _batch(
+    rows: list[Context], tokenizer: Any, limit: int | None, prefix: Prefix | None
+) -> TokenBatch:
     width = max(len(row.ids) for row in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.full((len(rows), width), pad)
@@ -89,6 +107,8 @@ def _batch(rows: list[Context], tokenizer: Any, limit: int | None) -> TokenBatch
         ids[place, : len(row.ids)] = torch.tensor(row.ids)
         counts[place, : len(row.ids)] = True
     counts &= ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
+    if prefix is not None:
+        counts &= ~_prefixed(ids, prefix, bos=tokenizer.bos_token_id)
     if limit is not None:
         counts &= (counts.flatten().cumsum(0) <= limit).reshape(counts.shape)
         used = max([1, *(counts.any(1).nonzero().flatten() + 1).tolist()])
@@ -99,3 +119,20 @@ def _batch(rows: list[Context], tokenizer: Any, limit: int | None) -> TokenBatch
         torch.tensor([row.document for row in rows]),
         torch.tensor([row.start for row in rows]),
     )
+
+
+def _prefixed(ids: Tensor, prefix: Prefix, *, bos: int | None) -> Tensor:
+    """True at the tokens of `prefix`."""
+    out = torch.zeros_like(ids, dtype=torch.bool)
+    length = len(prefix.ids)
+    if ids.shape[1] < length:
+        return out
+    begins = (ids.unfold(1, length, 1) == torch.tensor(prefix.ids)).all(2)
+    if not prefix.every_turn:
+        first = torch.zeros_like(begins)
+        place = 0 if bos is None else 1
+        first[:, place : place + 1] = True
+        begins &= first
+    for shift in range(length):
+        out[:, shift : shift + begins.shape[1]] |= begins
+    return out

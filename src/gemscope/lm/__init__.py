@@ -1,6 +1,7 @@
 """Language models: loading, reading activations, splicing and editing them."""
 
 from ._edit import Edit as Edit
+from ._edit import Edits as Edits
 from ._edit import replace as replace
 from ._edit import splice as splice
 from ._model import LanguageModel as LanguageModel

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from gemscope.errors import InputError
-from gemscope.sites import Family, Side, Site
+from gemscope.sites import Family, Side, Site, Stream
 
 from ._edit import Edit
 
@@ -40,6 +41,7 @@ class Taps:
         raised as soon as all of `read` has been read.
         """
         handles = []
+        later: list[tuple[Site, Any]] = []
         waiting = set(read)
 
         def keep(site: Site):
@@ -51,33 +53,42 @@ class Taps:
 
             return kept
 
-        def change(edit: Edit):
-            def changed(value: Tensor) -> Tensor:
-                if edit.reads != edit.writes and edit.reads not in self.values:
-                    raise InputError(
-                        f"{edit.reads} is computed after {edit.writes}: it cannot be written there"
-                    )
-                source = value if edit.reads == edit.writes else self.values[edit.reads]
-                new = edit.function(source[counts])
-                out = value.clone()
-                out[counts] = new.to(value.dtype)
-                return out
-
-            return changed
-
         # Hooks of one module run in this order: a site is read before it is edited.
-        sources = {e.reads for e in edits if e.reads != e.writes} - set(read)
+        sources = {s for e in edits for s in _reads(e) if s != e.writes} - set(read)
         try:
             for site in sources:
                 handles.append(self._hook(site, lambda v, s=site: self.values.__setitem__(s, v)))
             for site in dict.fromkeys(read):
                 handles.append(self._hook(site, keep(site)))
             for edit in edits:
-                handles.append(self._hook(edit.writes, change(edit)))
+                act = self._change(edit, counts)
+                if edit.writes.stream is Stream.RESID_MID:
+                    act, past = _around(act)
+                    later.append((Site(edit.writes.layer, Stream.MLP_OUT), past))
+                handles.append(self._hook(edit.writes, act))
+            for site, act in later:
+                handles.append(self._hook(site, act))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _change(self, edit: Edit, counts: Tensor) -> Any:
+        def changed(value: Tensor) -> Tensor:
+            sources = []
+            for site in _reads(edit):
+                if site != edit.writes and site not in self.values:
+                    raise InputError(
+                        f"{site} is computed after {edit.writes}: it cannot be written there"
+                    )
+                source = value if site == edit.writes else self.values[site]
+                sources.append(source[counts])
+            new = edit.function(*sources)
+            out = value.clone()
+            out[counts] = new.to(value.dtype)
+            return out
+
+        return changed
 
     def _hook(self, site: Site, act: Any) -> torch.utils.hooks.RemovableHandle:
         """Call `act` with the tensor of `site`; what it returns, if anything, replaces it."""
@@ -90,15 +101,38 @@ class Taps:
         return module.register_forward_hook(_on_output(act))
 
     def _gain_free(self, module: nn.Module, act: Any):
+        centred, eps = self.family.centred, _epsilon(module)
         gain = self.family.gain_offset + module.get_parameter("weight").float()
+        shift = module.get_parameter("bias").float() if centred else 0.0
 
         def hook(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             x = args[0].float()
-            unscaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _epsilon(module))
+            if centred:
+                unscaled = F.layer_norm(x, x.shape[-1:], eps=eps)
+            else:
+                unscaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
             new = act(unscaled)
-            return None if new is None else (new * gain).to(output.dtype)
+            return None if new is None else (new * gain + shift).to(output.dtype)
 
         return hook
+
+
+def _reads(edit: Edit) -> tuple[Site, ...]:
+    return (edit.reads,) if isinstance(edit.reads, Site) else edit.reads
+
+
+def _around(change: Any) -> tuple[Any, Any]:
+    """An edit of `resid_mid` in two: the MLP's norm reads the new stream, but the block adds the
+    MLP's output to the old one, so what changed is added to that output.
+    """
+    moved: list[Tensor] = []
+
+    def changed(value: Tensor) -> Tensor:
+        new = change(value)
+        moved.append(new - value)
+        return new
+
+    return changed, lambda out: out + moved.pop()
 
 
 def _on_input(act: Any):

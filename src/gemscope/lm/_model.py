@@ -10,25 +10,30 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gemscope.corpus import Document, TokenBatch, contexts, pack
+from gemscope.corpus import Document, Prefix, TokenBatch, contexts, pack
 from gemscope.errors import InputError
-from gemscope.hub import model_source
-from gemscope.sae import SAE
-from gemscope.sites import Family, Site, Stream, family_of
+from gemscope.hub import fetch_model, model_shape, model_source
+from gemscope.sae import Dictionary
+from gemscope.sites import Family, Site, Sites, Stream, each, family_of
 
-from ._edit import Edit
+from ._edit import Edits
 from ._hooks import Finished, Taps
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One forward pass: `run[site]` is `[batch, seq, d]`, before any edit of that site."""
+    """One forward pass: `run[site]` is `[batch, seq, d]`, before any edit of that site.
+
+    Of several sites, such as a multi-layer model reads, it is `[batch, seq, n_sites, d]`.
+    """
 
     tokens: TokenBatch
     values: dict[Site, Tensor]
     all_logits: Float[Tensor, "batch seq vocab"] | None
 
-    def __getitem__(self, site: Site) -> Float[Tensor, "batch seq d"]:
+    def __getitem__(self, site: Site | Sites) -> Float[Tensor, "batch seq ..."]:
+        if isinstance(site, Sites):
+            return torch.stack([self[one] for one in site], dim=-2)
         if site not in self.values:
             raise InputError(f"{site} was not read in this run; pass read=[...] with it")
         return self.values[site]
@@ -53,6 +58,8 @@ class LanguageModel:
         self.config = hf.config.get_text_config()
         self.family: Family = family_of(self.config.model_type)
         self.stack: nn.Module = _stack(hf, self.family)
+        self.prefix: Prefix | None = _prefix(tokenizer, self.family)
+        """Tokens that begin a user's turn in a chat, if the tokenizer knows such."""
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +82,8 @@ class LanguageModel:
         return self.config.max_position_embeddings
 
     def width(self, site: Site) -> int:
-        """Size of the activations at `site`; refuses a layer the model does not have."""
+        """Size of the activations at `site`; refuses a layer or stream the model does not have."""
+        self.family.tap(site)
         if site.layer >= self.n_layers or (site.stream is Stream.EMBED and site.layer):
             raise InputError(
                 f"{site} is not in {self.name or 'the model'}: its layers are 0 to "
@@ -83,13 +91,19 @@ class LanguageModel:
             )
         match site.stream:
             case Stream.ATTN_HEADS:
-                return self.config.num_attention_heads * self.config.head_dim
+                heads = self.config.num_attention_heads
+                # Where a configuration says nothing, heads share the width of the model.
+                return heads * (self._option("head_dim") or self.config.hidden_size // heads)
             case Stream.MLP_HIDDEN:
-                return self.config.intermediate_size
+                inner = self._option("intermediate_size") or self._option("n_inner")
+                return inner or 4 * self.config.hidden_size
             case _:
                 return self.config.hidden_size
 
-    def check(self, sae: SAE) -> None:
+    def _option(self, name: str) -> int | None:
+        return getattr(self.config, name, None)
+
+    def check(self, sae: Dictionary) -> None:
         """Refuse a dictionary of another model or of other widths."""
         of = sae.origin.model
         if of is not None and self.name is not None and of != self.name:
@@ -97,19 +111,28 @@ class LanguageModel:
                 f"{sae.origin.address or 'the dictionary'} belongs to {of}, not to {self.name}; "
                 f"load {of}, or attach it on purpose with --other-model"
             )
+        known = None if of is None else model_shape(of)
+        if known is not None and known != (self.n_layers, self.config.hidden_size):
+            raise InputError(
+                f"{sae.origin.address or 'the dictionary'} belongs to {of}, which has {known[0]} "
+                f"layers of width {known[1]}; this model has {self.n_layers} of "
+                f"{self.config.hidden_size}: load {of}, or attach it on purpose with --other-model"
+            )
         self.check_widths(sae)
 
-    def check_widths(self, sae: SAE) -> None:
+    def check_widths(self, sae: Dictionary) -> None:
         """Refuse a dictionary whose sites do not exist or are of another width."""
-        for verb, site, given in (
+        for verb, sites, given in (
             ("reads", sae.reads, sae.d_in),
             ("writes", sae.writes, sae.d_out),
         ):
-            if given != (wanted := self.width(site)):
-                raise InputError(
-                    f"{sae.origin.address or 'the dictionary'} {verb} {given} numbers at {site}, "
-                    f"where {self.name or 'the model'} has {wanted}: it belongs to another model"
-                )
+            for site in each(sites):
+                if given != (wanted := self.width(site)):
+                    raise InputError(
+                        f"{sae.origin.address or 'the dictionary'} {verb} {given} numbers at "
+                        f"{site}, where {self.name or 'the model'} has {wanted}: it belongs to "
+                        "another model"
+                    )
 
     def tokens(self, text: str | Sequence[str]) -> TokenBatch:
         """Each text as one context of its own: BOS, then its tokens."""
@@ -123,7 +146,7 @@ class LanguageModel:
                 f"a text is longer than the {self.max_context} tokens of one context; "
                 "cut it, or evaluate it as a file, which is cut for you"
             )
-        (batch,) = pack(rows, self.tokenizer, batch=len(rows))
+        (batch,) = pack(rows, self.tokenizer, batch=len(rows), prefix=self.prefix)
         if not batch.n_counted:
             raise InputError("the text holds only special tokens; give at least one ordinary token")
         return batch
@@ -132,8 +155,8 @@ class LanguageModel:
         self,
         text: str | Sequence[str] | TokenBatch,
         *,
-        read: Iterable[Site] = (),
-        edits: Iterable[Edit] = (),
+        read: Iterable[Site | Sites] = (),
+        edits: Iterable[Edits] = (),
         logits: bool = False,
     ) -> Run:
         """One forward pass: activations at `read`, after `edits` elsewhere, and logits if asked.
@@ -142,38 +165,47 @@ class LanguageModel:
         `logits`, the pass ends after the last site read. Gradients flow if they are enabled.
         """
         batch = text if isinstance(text, TokenBatch) else self.tokens(text)
-        read, edits = list(read), list(edits)
-        for site in [*read, *(s for e in edits for s in (e.reads, e.writes))]:
+        sites = list(dict.fromkeys(site for some in read for site in each(some)))
+        steps = [step for edit in edits for step in edit.steps()]
+        for site in sites:
             self.width(site)
+        for step in steps:
+            reads = (step.reads,) if isinstance(step.reads, Site) else step.reads
+            for site in (*reads, step.writes):
+                self.width(site)
         taps = Taps(self.stack, self.family)
         ids, counts = batch.ids.to(self.device), batch.counts.to(self.device)
         out = None
-        with taps.attached(read, edits, counts, stop=not logits):
+        with taps.attached(sites, steps, counts, stop=not logits):
             try:
                 if logits:
                     out = self.hf(input_ids=ids, use_cache=False).logits
-                elif read:
+                elif sites:
                     self.stack(input_ids=ids, use_cache=False)
             except Finished:
                 pass
-        return Run(batch, {site: taps.values[site] for site in read}, out)
+        return Run(batch, {site: taps.values[site] for site in sites}, out)
 
     def direct_logits(
         self, directions: Float[Tensor, "n d_out"], site: Site
     ) -> Float[Tensor, "n vocab"] | None:
         """What directions written at `site` add to the logits if nothing later reads them.
 
-        The final norm's gain is folded in, its denominator and any soft-cap left out: orders are
-        right, sizes are relative. None where a direction does not lie in the residual stream's
-        space or a linear map from it.
+        The gain of the final norm is folded in, and of a norm after attention's projection; where
+        the final norm centres, a direction's mean is taken out first. Denominators and any
+        soft-cap are left out: orders are right, sizes are relative. None where a direction does
+        not lie in the residual stream's space or a linear map from it.
         """
         d = directions.float()
         if site.stream is Stream.ATTN_HEADS:
-            d = d @ self._weight(self.family.attn_projection, site.layer).T
+            weight = self._weight(self.family.attn_projection, site.layer)
+            d = d @ (weight if self.family.transposed else weight.T)
             if self.family.attn_post_norm is not None:
                 d = d * self._gain(self.family.attn_post_norm, site.layer)
         elif site.stream in (Stream.MLP_IN, Stream.MLP_IN_UNSCALED, Stream.MLP_HIDDEN):
             return None
+        if self.family.centred:
+            d = d - d.mean(-1, keepdim=True)
         gain = self._gain(self.family.final_norm, 0)
         return (d * gain) @ self.hf.get_output_embeddings().weight.float().T
 
@@ -199,16 +231,21 @@ def load_model(
     _check_device(device)
     dtype = _dtype(dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     source = model_source(name)
+    if not Path(source).is_dir():
+        source = str(fetch_model(source))
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source)
-        family = family_of(config.get_text_config().model_type)
+        config = AutoConfig.from_pretrained(source).get_text_config()
+        family = family_of(config.model_type)
         if dtype is torch.float16 and not family.float16:
             raise InputError(
                 f"activations of {family.name} overflow float16; use bfloat16 or float32"
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
-        hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        # transformers 4 would choose an attention for Gemma 2 that leaves its soft-cap out.
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        options = {"attn_implementation": "eager"} if capped else {}
+        hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         hf.to(device).eval()
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
@@ -252,3 +289,13 @@ def _stack(hf: nn.Module, family: Family) -> nn.Module:
         except AttributeError:
             continue
     raise InputError(f"{type(hf).__name__} has no decoder stack at {', '.join(family.stacks)}")
+
+
+def _prefix(tokenizer: Any, family: Family) -> Prefix | None:
+    if family.user_prefix is None:
+        return None
+    first = family.user_prefix.partition(">")[0] + ">"
+    if tokenizer.convert_tokens_to_ids(first) in (None, tokenizer.unk_token_id):
+        return None
+    ids = tokenizer(family.user_prefix, add_special_tokens=False)["input_ids"]
+    return Prefix(tuple(ids), family.every_turn)
