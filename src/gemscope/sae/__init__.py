@@ -1,10 +1,15 @@
-"""Sparse autoencoders and transcoders as values: torch and nothing else."""
+"""Sparse dictionaries as values: torch and nothing else."""
 
 from ._activation import Activation as Activation
 from ._activation import BatchTopK as BatchTopK
 from ._activation import JumpReLU as JumpReLU
 from ._activation import ReLU as ReLU
 from ._activation import TopK as TopK
+from ._cross_layer import CrossLayer as CrossLayer
+from ._cross_layer import Layer as Layer
+from ._origin import Origin as Origin
 from ._sae import SAE as SAE
-from ._sae import Origin as Origin
 from ._sparse import SparseFeatures as SparseFeatures
+
+Dictionary = SAE | CrossLayer
+"""Anything that encodes activations into features and decodes them: one interface for both."""

@@ -1,10 +1,10 @@
 """A sparse autoencoder or transcoder as a value: weights, an activation function, two sites."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,22 +12,10 @@ from gemscope.errors import InputError
 from gemscope.sites import Site
 
 from ._activation import Activation, BatchTopK, JumpReLU
+from ._decode import weighted_sums
+from ._encode import Encoder, in_chunks
+from ._origin import Origin
 from ._sparse import SparseFeatures
-
-_CHUNK_BYTES = 64 * 2**20
-"""Pre-activations that exist at one time while encoding."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Where a dictionary comes from: facts of its release, as far as they are known."""
-
-    address: str | None = None
-    model: str | None = None
-    """The language model it was trained on."""
-    l0: float | None = None
-    """Nominal number of features per token."""
-    licence: str | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,8 +24,8 @@ class SAE:
 
     `f = activation(x @ w_enc + b_enc)`, `y = f @ w_dec + b_dec (+ x @ skip)`: weights in the
     folded form of the published files, without normalisation or subtracted bias. Weights may be
-    bfloat16 or float32; pre-activations, features and reconstructions are float32, and the
-    threshold always is.
+    bfloat16 or float32, in memory or mapped from a file; pre-activations, features and
+    reconstructions are float32, and the threshold always is.
     """
 
     w_enc: Float[Tensor, "d_in d_sae"]
@@ -86,21 +74,20 @@ class SAE:
         """Whether another site is written than is read."""
         return self.reads != self.writes
 
+    @property
+    def kind(self) -> str:
+        """`sae` or `transcoder`."""
+        return "transcoder" if self.is_transcoder else "sae"
+
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseFeatures:
         """The features of every token of `x`, leading axes flattened in order.
 
-        Pre-activations exist for a chunk of tokens at a time, never for all of them.
+        Weights are read a tile of features at a time, and pre-activations exist for a tile only.
         """
         x = self._tokens(x)
-        if isinstance(self.activation, BatchTopK):
-            return self._encode_batch_top_k(x, self.activation.k)
-        parts = []
-        for pre in self._pre_activations(x):
-            rows, columns = self.activation.mask(pre).nonzero(as_tuple=True)
-            parts.append(
-                SparseFeatures.from_entries(rows, columns, pre[rows, columns], len(pre), self.d_sae)
-            )
-        return SparseFeatures.join(parts) if parts else _nothing(x, self.d_sae)
+        if isinstance(self.activation, BatchTopK):  # a batch is one thing to it
+            return self._encoder.encode(x)
+        return in_chunks(self._encoder.encode, x)
 
     def decode(
         self, features: SparseFeatures, x: Float[Tensor, "n_tokens d_in"] | None = None
@@ -114,23 +101,7 @@ class SAE:
             raise InputError(f"features of width {features.d_sae} for a dictionary of {self.d_sae}")
         if self.skip is not None and x is None:
             raise InputError("this transcoder has a skip connection: decode(features, x) needs x")
-        rows, indices = self.w_dec, features.indices.long()
-        if rows.dtype != torch.float32:
-            # Only the rows in use are converted: a wide dictionary stays in its storage type.
-            used, indices = indices.unique(return_inverse=True)
-            rows = rows[used].float()
-        if indices.numel() == 0:
-            out = torch.zeros(features.n_tokens, self.d_out, device=self.w_dec.device)
-        else:
-            out = F.embedding_bag(
-                indices,
-                rows,
-                features.offsets,
-                mode="sum",
-                per_sample_weights=features.values,
-                include_last_offset=True,
-            )
-        out = out + self.b_dec.float()
+        out = weighted_sums(features, self.w_dec) + self.b_dec.float()
         if self.skip is not None and x is not None:
             out = out + self._tokens(x) @ self.skip.float()
         return out
@@ -141,8 +112,38 @@ class SAE:
         out = self.decode(self.encode(tokens), tokens)
         return out.reshape(*x.shape[:-1], self.d_out)
 
+    def pre_activations(
+        self, x: Float[Tensor, "n_tokens d_in"], features: Sequence[int]
+    ) -> Float[Tensor, "n_tokens n_features"]:
+        """`x @ w_enc + b_enc` of a few features; of a mapped file only their columns are read."""
+        chosen = self._chosen(features)
+        return torch.addmm(self.b_enc[chosen].float(), self._tokens(x), self._columns(chosen))
+
+    def only(self, features: Sequence[int]) -> "SAE":
+        """The dictionary of a few features, numbered by their place in `features`.
+
+        Of a mapped file only their rows and columns are read. A `TopK` activation would choose
+        among other features, so it is refused.
+        """
+        if not isinstance(self.activation, JumpReLU):
+            raise InputError("features can be taken out of JumpReLU dictionaries only")
+        chosen = self._chosen(features)
+        return replace(
+            self,
+            w_enc=self._columns(chosen),
+            b_enc=self.b_enc[chosen],
+            w_dec=self.w_dec[chosen],
+            activation=JumpReLU(self.activation.threshold[chosen]),
+        )
+
+    def rows(self, features: Sequence[int]) -> Float[Tensor, "n_features n_writes d_out"]:
+        """What a few features write, in float32: their decoder rows, one for each site written."""
+        return self.w_dec[self._chosen(features)].float()[:, None]
+
     def to(self, device: torch.device | str) -> "SAE":
         """The same dictionary on another device."""
+        if torch.device(device) == self.w_enc.device:
+            return self  # with what its encoder has prepared
         moved = {
             name: value.to(device)
             for name in ("w_enc", "b_enc", "w_dec", "b_dec", "skip")
@@ -153,6 +154,10 @@ class SAE:
             activation = JumpReLU(activation.threshold.to(device))
         return replace(self, **moved, activation=activation)
 
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.w_enc, self.b_enc, self.activation)
+
     def _tokens(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.d_in:
             raise InputError(
@@ -161,31 +166,18 @@ class SAE:
             )
         return x.reshape(-1, self.d_in).float()
 
-    def _pre_activations(self, x: Tensor) -> Iterator[Tensor]:
-        w_enc, b_enc = self.w_enc.float(), self.b_enc.float()
-        chunk = max(1, _CHUNK_BYTES // (4 * self.d_sae))
-        for start in range(0, len(x), chunk):
-            yield torch.addmm(b_enc, x[start : start + chunk], w_enc)
+    def _chosen(self, features: Sequence[int]) -> Tensor:
+        return chosen_features(features, self.d_sae, self.w_enc.device)
 
-    def _encode_batch_top_k(self, x: Tensor, k: int) -> SparseFeatures:
-        # The largest entries of the whole batch are among the largest of each chunk.
-        wanted, first = k * len(x), 0
-        places, values = x.new_zeros(0, dtype=torch.int64), x.new_zeros(0)
-        for pre in self._pre_activations(x):
-            flat = pre.reshape(-1)
-            best = flat.topk(min(wanted, flat.numel()), sorted=False)
-            values = torch.cat((values, best.values))
-            places = torch.cat((places, best.indices + first * self.d_sae))
-            keep = values.topk(min(wanted, len(values)), sorted=False).indices
-            values, places = values[keep], places[keep]
-            first += len(pre)
-        order = places[values > 0].argsort()
-        values, places = values[values > 0][order], places[values > 0][order]
-        return SparseFeatures.from_entries(
-            places // self.d_sae, places % self.d_sae, values, len(x), self.d_sae
+    def _columns(self, chosen: Tensor) -> Tensor:
+        # Column by column: an index over the whole matrix may copy all of it first.
+        return torch.stack([self.w_enc[:, int(i)] for i in chosen], dim=1).float()
+
+
+def chosen_features(features: Sequence[int], d_sae: int, device: torch.device) -> Tensor:
+    """`features` as an index, after checking that each exists."""
+    if not features or not all(0 <= i < d_sae for i in features):
+        raise InputError(
+            f"no features {list(features)}: this dictionary has features 0 to {d_sae - 1}"
         )
-
-
-def _nothing(x: Tensor, d_sae: int) -> SparseFeatures:
-    empty = torch.zeros(0, dtype=torch.int64, device=x.device)
-    return SparseFeatures.from_entries(empty, empty, x.new_zeros(0), len(x), d_sae)
+    return torch.tensor(list(features), device=device)
