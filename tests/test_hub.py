@@ -16,7 +16,10 @@ from gemscope.errors import InputError
 from gemscope.hub import build, catalog, digest, load_sae, locate, model_source, published
 from gemscope.sae import JumpReLU
 
-ROW = ["address", "kind", "reads", "writes", "d_in", "d_out", "d_sae", "l0"]
+ROW = [
+    "address", "kind", "reads", "writes", "d_in", "d_out", "d_sae", "l0", "affine", "model",
+    "canonical",
+]  # fmt: skip
 PUBLISHED = json.loads((Path(hub.__file__).parent / "published.json").read_text("utf-8"))
 
 
@@ -45,15 +48,15 @@ def small(tmp_path):
             affine_connection=True,
             type="transcoder",
         )
-        tensors = {
-            "w_enc": torch.ones(2, 4),
-            "b_enc": torch.zeros(4),
-            "w_dec": torch.ones(4, 3),
-            "b_dec": torch.zeros(3),
-            "threshold": torch.ones(4),
-            "affine_skip_connection": torch.ones(2, 3),
-        }
-        formats.write(tmp_path / path, config, tensors)
+        part = formats.Part(
+            w_enc=torch.ones(2, 4),
+            b_enc=torch.zeros(4),
+            w_dec=torch.ones(4, 3),
+            b_dec=torch.zeros(3),
+            threshold=torch.ones(4),
+            skip=torch.ones(2, 3),
+        )
+        formats.write_gemma_scope_2(tmp_path / path, config, [part])
         return str(tmp_path / path)
 
     return make
@@ -62,7 +65,8 @@ def small(tmp_path):
 def test_rows_have_the_fixed_keys(entries):
     assert entries
     assert all(list(entry.row()) == ROW for entry in entries)
-    assert all(type(v) in (str, int, float) for entry in entries for v in entry.row().values())
+    plain = (str, int, float, bool)
+    assert all(type(v) in plain for entry in entries for v in entry.row().values())
 
 
 def test_addresses_are_unique_and_found(entries):
@@ -79,11 +83,11 @@ def test_an_address_says_where_the_files_are(entries):
 
 def test_an_entry_says_what_the_files_say(entries):
     for entry in entries:
-        config, tensors = formats.read(entry.path)
-        assert tensors["w_enc"].shape == (entry.d_in, entry.d_sae)
-        assert tensors["w_dec"].shape == (entry.d_sae, entry.d_out)
-        assert str(tensors["w_enc"].dtype) == f"torch.{entry.dtype}"
-        assert ("affine_skip_connection" in tensors) == entry.affine
+        (part,), config = formats.read(entry.path), formats.read_config(entry.path)
+        assert part.w_enc.shape == (entry.d_in, entry.d_sae)
+        assert part.w_dec.shape == (entry.d_sae, entry.d_out)
+        assert str(part.w_enc.dtype) == f"torch.{entry.dtype}"
+        assert (part.skip is not None) == entry.affine
         assert (config.type, config.l0, config.model_name) == (entry.kind, entry.l0, entry.model)
         assert (entry.kind == "sae") == (entry.reads == entry.writes)
 
@@ -93,7 +97,8 @@ def test_the_catalog_is_ordered_and_chosen_by_words(entries):
     for entry in entries:
         assert entry in catalog(entry.address.upper())
         assert entry in catalog(f"{entry.kind} {entry.address[-5:]}")
-    assert catalog("") == entries
+    assert catalog("miniature") == entries
+    assert catalog()[: len(entries)] == entries
     assert catalog("sae no-such-word") == []
 
 
@@ -130,20 +135,20 @@ def test_a_folder_loads_as_its_address_does(entries, copied):
     assert there.origin == dataclasses.replace(
         here.origin, address=there.origin.address, licence=None
     )
-    parameters = (entry.path / formats.PARAMETERS).read_bytes()
+    parameters = (entry.path / "params.safetensors").read_bytes()
     assert digest(locate(there.origin.address)) == hashlib.sha256(parameters).hexdigest()
 
 
 def test_every_artefact_loads_with_the_weights_of_its_file(entries):
     for entry in entries:
-        _, tensors = formats.read(entry.path)
+        (part,) = formats.read(entry.path)
         sae = build(entry)
-        assert torch.equal(sae.w_enc, tensors["w_enc"])
-        assert torch.equal(sae.w_dec, tensors["w_dec"])
-        assert torch.equal(sae.b_enc, tensors["b_enc"])
-        assert torch.equal(sae.b_dec, tensors["b_dec"])
+        assert torch.equal(sae.w_enc, part.w_enc)
+        assert torch.equal(sae.w_dec, part.w_dec)
+        assert torch.equal(sae.b_enc, part.b_enc)
+        assert torch.equal(sae.b_dec, part.b_dec)
         assert isinstance(sae.activation, JumpReLU)
-        assert torch.equal(sae.activation.threshold, tensors["threshold"].float())
+        assert torch.equal(sae.activation.threshold, part.threshold.float())
         assert (sae.skip is not None) == entry.affine
         assert (sae.reads, sae.writes) == (entry.reads, entry.writes)
         assert (sae.origin.model, sae.origin.l0) == (entry.model, entry.l0)
