@@ -27,7 +27,7 @@ def entries():
     """The catalog's artefacts."""
     from gemscope.hub import catalog
 
-    return catalog()
+    return catalog(release="miniature")
 
 
 @pytest.fixture(scope="session")

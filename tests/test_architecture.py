@@ -130,7 +130,11 @@ def test_files_and_functions_stay_small():
 def test_no_pickle_and_no_autocast():
     for file in sources():
         text = file.read_text("utf-8")
-        assert not re.search(r"\bimport pickle\b|torch\.load\(|autocast", text), file
+        assert not re.search(r"\bimport pickle\b|autocast", text), file
+        # One published layout is a torch file: its weights are read, and nothing else in it.
+        loads = text.count("torch.load(")
+        assert loads == (file.name == "_dictionary_learning.py"), file
+        assert loads == text.count("weights_only=True"), file
 
 
 def public_functions(tree):

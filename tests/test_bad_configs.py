@@ -132,7 +132,7 @@ def test_what_the_model_cannot_do_is_refused_before_training(train, miniature, f
     longest, layers = miniature.max_context, miniature.n_layers
     train({"data.context": longest + 1}, match=f"context is {longest + 1}, .* at most {longest}")
     train({"model_dtype": "float16"}, match="overflow float16; use bfloat16 or float32")
-    train({"model": "no/such"}, match="model 'no/such' cannot be loaded")
+    train({"model": "no/such"}, match="no/such is not in the cache")
     far = f"{layers}.resid_post"
     train({"reads": far, "writes": far}, match=f"{far} is not in .* 0 to {layers - 1}")
     train({"reads": "1.mlp_in_unscaled", "writes": "1.mlp_out"}, match="has no name in Gemma Scope")

@@ -27,18 +27,72 @@ def text_file(tmp_path):
 
 
 def test_list_says_what_is_fixed(command, entries):
-    rows = answer(command("list", "miniature", "--json"))
+    rows = answer(command("list", "--release", "miniature", "--json"))
     assert [row["address"] for row in rows] == [e.address for e in entries]
     for row in rows:
         assert row.keys() == {
-            "address", "kind", "reads", "writes", "d_in", "d_out", "d_sae", "l0",
+            "address", "kind", "reads", "writes", "d_in", "d_out", "d_sae", "l0", "affine",
+            "model", "canonical",
         }  # fmt: skip
-    assert answer(command("list", "transcoder", "--json")) == [
+    assert answer(command("list", "miniature transcoder", "--json")) == [
         row for row in rows if row["kind"] == "transcoder"
     ]
-    code, out, _ = command("list")
+    code, out, _ = command("list", "miniature")
     assert code == 0
     assert all(row["address"] in out for row in rows)
+
+
+def test_list_without_a_filter_shows_the_releases(command):
+    code, out, _ = command("list")
+    assert code == 0
+    assert "gemma-scope-2-1b-pt" in out
+    assert out.count("\n") < 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "addresses"),
+    [
+        (
+            ["--model", "gemma-3-1b-pt", "--site", "22.resid_post", "--width", "65k", "--l0", "60"],
+            ["gemma-scope-2-1b-pt/resid_post/layer_22_width_65k_l0_medium"],
+        ),
+        (
+            [
+                "--release",
+                "gemma-scope-2b-pt-res",
+                "--layer",
+                "20",
+                "--canonical",
+                "--width",
+                "16k",
+            ],
+            ["gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"],
+        ),
+        (
+            ["--kind", "clt", "--model", "gemma-3-270m-it", "--width", "524k", "--l0", "100-200"],
+            [
+                "gemma-scope-2-270m-it/clt/width_524k_l0_big",
+                "gemma-scope-2-270m-it/clt/width_524k_l0_big_affine",
+            ],
+        ),
+    ],
+)
+def test_list_filters(command, arguments, addresses):
+    assert [row["address"] for row in answer(command("list", "--json", *arguments))] == addresses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--kind", "SAE"], "no kind 'SAE': the kinds are sae, transcoder, crosscoder, clt"),
+        (["--site", "resid"], "no stream named 'resid'; nearest: resid_"),
+        (["--site", "3.resid_post", "--layer", "4"], "contradict each other"),
+        (["--width", "big"], "give 16k, 65k, 1m or a number"),
+        (["--l0", "few"], "give a number, or two such as 50-150"),
+    ],
+)
+def test_list_says_what_a_filter_accepts(refused, arguments, match):
+    refused("list", *arguments, match=match)
 
 
 def test_info_leads_to_the_weights_and_the_model(command, entries):

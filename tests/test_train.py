@@ -101,12 +101,12 @@ def test_scaling_everything_scales_the_features_and_nothing_else():
     made = dictionary()
     x = torch.randn(64, 12, generator=torch.Generator().manual_seed(6)) / math.sqrt(12)
     out, folded = made(x, 0.05), made.folded(Scales(37.0, 37.0))
-    f = 37.0 * x @ folded["w_enc"] + folded["b_enc"]
-    f = f * (f > folded["threshold"])
+    f = 37.0 * x @ folded.w_enc + folded.b_enc
+    f = f * (f > folded.threshold)
     torch.testing.assert_close(f, 37.0 * out.features.detach(), rtol=1e-4, atol=1e-4)
-    y = f @ folded["w_dec"] + folded["b_dec"]
+    y = f @ folded.w_dec + folded.b_dec
     torch.testing.assert_close(y, 37.0 * out.y.detach(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(folded["w_dec"], made.w_dec.detach())
+    assert torch.equal(folded.w_dec, made.w_dec.detach())
 
 
 def test_folding_a_transcoder_keeps_its_function():
@@ -116,10 +116,10 @@ def test_folding_a_transcoder_keeps_its_function():
     x = torch.randn(64, 12, generator=torch.Generator().manual_seed(6))
     out, folded = made(x, 0.05), made.folded(Scales(3.0, 11.0))
     raw = 3.0 * x
-    f = raw @ folded["w_enc"] + folded["b_enc"]
-    f = f * (f > folded["threshold"])
+    f = raw @ folded.w_enc + folded.b_enc
+    f = f * (f > folded.threshold)
     assert ((f > 0).sum(1) == out.active.sum(1)).float().mean() > 0.98
-    y = f @ folded["w_dec"] + folded["b_dec"] + raw @ folded["affine_skip_connection"]
+    y = f @ folded.w_dec + folded.b_dec + raw @ folded.skip
     torch.testing.assert_close(y, 11.0 * out.y.detach(), rtol=1e-3, atol=2e-2)
 
 

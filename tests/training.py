@@ -37,4 +37,6 @@ def config(out, **changes):
 
 
 def weights(artefact):
-    return formats.read(artefact)[1]
+    (part,) = formats.read(artefact)
+    names = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold", "skip")
+    return {n: value for n in names if (value := getattr(part, n)) is not None}

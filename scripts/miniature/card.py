@@ -49,7 +49,7 @@ def main() -> None:
     work = parser.parse_args().work
     model = load_model("miniature", device="cpu", dtype="float32")
     nats, bits, tokens = held_out_loss(model)
-    entries = hub.catalog()
+    entries = hub.catalog(release="miniature")
     documents = read_text(BUNDLED)
     results = evaluate(
         model, [hub.build(e) for e in entries], documents, Settings(tokens=10**9),

@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,12 +55,15 @@ def install_dictionary(artefact: Path, name: str) -> None:
 
     Vectors stay float32: a rounded threshold flips features.
     """
-    config, tensors = formats.read(artefact)
+    (part,) = formats.read(artefact)
     folder = miniature.SCOPE / name
     shutil.rmtree(folder, ignore_errors=True)
-    small = {n: t.to(torch.bfloat16) if t.ndim == 2 else t for n, t in tensors.items()}
-    formats.write(folder, config, small)
-    (folder / formats.PARAMETERS).chmod(0o644)
+    small = {
+        n: value.to(torch.bfloat16)
+        for n in ("w_enc", "w_dec", "skip")
+        if (value := getattr(part, n)) is not None
+    }
+    formats.write_gemma_scope_2(folder, formats.read_config(artefact), [replace(part, **small)])
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gemscope.corpus import read_text as read_text
     from gemscope.hub import catalog as catalog
     from gemscope.hub import load_sae as load_sae
+    from gemscope.hub import save_sae as save_sae
     from gemscope.lm import load_model as load_model
     from gemscope.lm import splice as splice
     from gemscope.sites import Site as Site
@@ -22,10 +23,11 @@ _FACE = {
     "load_model": "gemscope.lm",
     "load_sae": "gemscope.hub",
     "read_text": "gemscope.corpus",
+    "save_sae": "gemscope.hub",
     "splice": "gemscope.lm",
 }
 
-__all__ = ["Site", "catalog", "load_model", "load_sae", "read_text", "splice"]
+__all__ = ["Site", "catalog", "load_model", "load_sae", "read_text", "save_sae", "splice"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import typer
 
 from gemscope.errors import InputError
 
-from . import _demo, _doctor, _eval, _info, _list, _look, _train
+from . import _check, _convert, _demo, _doctor, _download, _eval, _info, _list, _look, _train
 
 app = typer.Typer(
     name="gemscope",
@@ -18,9 +18,12 @@ app = typer.Typer(
 )
 app.command("demo")(_demo.demo)
 app.command("eval")(_eval.evaluate_command)
+app.command("check")(_check.check_command)
 app.command("look")(_look.look)
 app.command("info")(_info.info)
 app.command("list")(_list.list_command)
+app.command("download")(_download.download)
+app.command("convert")(_convert.convert)
 app.command("train")(_train.train_command)
 app.command("doctor")(_doctor.doctor)
 

@@ -42,7 +42,7 @@ def demo(
 
     began = time.monotonic()
     to = console()
-    entries = hub.catalog()
+    entries = hub.catalog(release="miniature")
     to.print(
         f"[bold]gemscope demo[/bold]: {len(entries)} dictionaries of the miniature, a small "
         "Gemma 3 trained on\nPython's standard library, spliced into it on modules it never saw.\n"
@@ -56,7 +56,7 @@ def demo(
         title="Demo",
     )
     _eval.print_summary(records)
-    chosen = next(entry for entry in entries if entry.kind == "sae" and entry.reads.layer >= 3)
+    chosen = next(e for e in entries if e.kind == "sae" and "layer_3" in e.address)
     to.print(f"\n[bold]What {chosen.address} sees in a few lines of code[/bold]\n")
     from gemscope.lm import load_model
 

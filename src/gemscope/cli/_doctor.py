@@ -78,6 +78,6 @@ def _bundled() -> dict[str, Any]:
 
     return {
         "model": (miniature.MODEL / "model.safetensors").is_file(),
-        "dictionaries": len(hub.catalog()),
+        "dictionaries": len(hub.catalog(release="miniature")),
         "text": miniature.HELD_OUT.is_file(),
     }

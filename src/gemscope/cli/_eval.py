@@ -8,20 +8,27 @@ import typer
 from gemscope.errors import InputError
 
 from ._show import console, number, percent, print_json, token_progress
+from ._sites import Reads, Writes, given
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from gemscope.corpus import Document
     from gemscope.evaluate import Record, Settings
 
 
 def evaluate_command(
-    addresses: Annotated[list[str], typer.Argument(help="Catalog addresses or local folders.")],
+    addresses: Annotated[list[str], typer.Argument(help="Catalog addresses, local folders, or owner/repo/path.")],
     model: Annotated[str | None, typer.Option(help="Model to splice into; default: the dictionary's own.")] = None,
     text: Annotated[str | None, typer.Option(help="A text file, folder or glob pattern; default: the bundled held-out text.")] = None,
     dataset: Annotated[str | None, typer.Option(help="A data set of the hub, OWNER/NAME[:SPLIT[:COLUMN]].")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, at most.")] = 65_536,
     context: Annotated[int, typer.Option(help="Tokens of a context, BOS included.")] = 1_024,
     batch: Annotated[int | None, typer.Option(help="Contexts of a batch; default: by memory.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Of a multi-layer model: splice these layers for the main figures, such as 7,13; default: all together.")] = None,
+    reads: Reads = None,
+    writes: Writes = None,
+    count_prefix: Annotated[bool, typer.Option("--count-prefix", help="Count the tokens that begin a user's turn in a chat.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of intervals and of the random dictionary.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="The model's: float32, bfloat16; default: by device.")] = None,
@@ -34,7 +41,14 @@ def evaluate_command(
 
     if text is not None and dataset is not None:
         raise InputError("both --text and --dataset were given; give one")
-    settings = Settings(tokens=tokens, context=context, batch=batch, seed=seed)
+    settings = Settings(
+        tokens=tokens,
+        context=context,
+        batch=batch,
+        seed=seed,
+        layers=_layers(layers),
+        count_prefix=count_prefix,
+    )
     records, page = run(
         addresses,
         settings,
@@ -44,6 +58,8 @@ def evaluate_command(
         device=device,
         dtype=dtype,
         other_model=other_model,
+        reads=reads,
+        writes=writes,
         out=out,
     )
     if json:
@@ -65,6 +81,8 @@ def run(
     device: str | None = None,
     dtype: str | None = None,
     other_model: bool = False,
+    reads: str | None = None,
+    writes: str | None = None,
     out: Path = Path("reports"),
     title: str = "Evaluation",
 ) -> tuple[list["Record"], Path]:
@@ -74,7 +92,8 @@ def run(
     """
     from gemscope import corpus, hub
 
-    entries = [hub.locate(address) for address in dict.fromkeys(addresses)]
+    said = given(reads, writes, model)
+    entries = [hub.obtain(hub.locate(address, said)) for address in dict.fromkeys(addresses)]
     models = sorted({entry.model for entry in entries})
     if model is None and len(models) > 1:
         raise InputError(f"these dictionaries belong to several models: {', '.join(models)}; "
@@ -104,6 +123,27 @@ def run(
     return records, page
 
 
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(p.strip().isdecimal() and len(p) < 6 for p in parts):
+        raise InputError(f"no layers {text!r}: give numbers such as 7,13")
+    return tuple(sorted({int(p) for p in parts}))
+
+
+def _layer_table(record: "Record") -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 2))
+    for heading in ("written at", "L0 read there", "FVU", "delta loss alone"):
+        table.add_column(heading, justify="left" if heading == "written at" else "right")
+    for layer in record.layers:
+        figures = [number(float(layer[n]), 3) for n in ("l0", "fvu", "delta_loss")]
+        table.add_row(str(layer["site"]), *figures)
+    return table
+
+
 def print_summary(records: list["Record"]) -> None:
     """The figures that matter most, one dictionary a row."""
     from rich.table import Table
@@ -117,13 +157,16 @@ def print_summary(records: list["Record"]) -> None:
         table.add_row(
             r.address,
             f"{number(m['l0'], 3)} ({number(r.nominal_l0)})",
-            f"{number(m['fvu'], 3)} ({number(r.baseline['fvu'], 3)})",
+            f"{number(m['fvu'], 3)} ({number(r.baseline.get('fvu'), 3)})",
             number(m["delta_loss"], 3),
             percent(m["loss_recovered_mean"]),
             percent(m["dead_fraction"]),
         )
     to = console()
     to.print(table)
+    for r in records:
+        if r.layers:
+            to.print(_layer_table(r))
     to.print(
         f"[dim]{records[0].tokens:,} tokens of {records[0].documents} document(s). FVU: variance not "
         "explained (random: a random dictionary of that L0).\nDelta loss: nats per token. "

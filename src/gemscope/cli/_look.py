@@ -8,6 +8,7 @@ import typer
 from gemscope.errors import InputError
 
 from ._show import console, print_json
+from ._sites import Reads, Writes, given
 
 if TYPE_CHECKING:
     from gemscope.features import Look
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 
 def look(
     text: Annotated[str, typer.Argument(help="The text to read.")],
-    sae: Annotated[str, typer.Option("--sae", help="Catalog address or local folder of the dictionary.")],
+    sae: Annotated[str, typer.Option("--sae", help="Catalog address, local folder, or owner/repo/path of the dictionary.")],
     model: Annotated[str | None, typer.Option(help="Model to run; default: the dictionary's own.")] = None,
+    reads: Reads = None,
+    writes: Writes = None,
     top: Annotated[int, typer.Option(help="Features shown per token.", min=1)] = 5,
     feature: Annotated[int | None, typer.Option(help="With --plot: this feature and its threshold.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a figure: FILE.svg, .png or .pdf.")] = None,
@@ -28,7 +31,7 @@ def look(
 
     if feature is not None and plot is None:
         raise InputError("--feature draws one feature: give --plot FILE with it")
-    entry = hub.locate(sae)
+    entry = hub.obtain(hub.locate(sae, given(reads, writes, model)))
     dictionary = hub.build(entry)
     if plot is not None:
         features.check_plot(dictionary, plot, feature)
@@ -62,7 +65,7 @@ def _print(seen: "Look", top: int) -> None:
             continue
         line = Text()
         for index, value in pairs:
-            line.append(f"{index}: {value:.2f}", style=_shade(value / strongest))
+            line.append(f"{seen.name(index)}: {value:.2f}", style=_shade(value / strongest))
             line.append("  ")
         table.add_row(token, str(l0), line)
     console().print(table)

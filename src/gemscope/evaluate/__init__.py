@@ -1,10 +1,13 @@
 """Metrics of dictionaries on text, and the report."""
 
-from ._evaluate import Evaluation as Evaluation
+from ._check import Row as Row
+from ._check import check as check
+from ._check import check_text as check_text
 from ._evaluate import Settings as Settings
 from ._evaluate import evaluate as evaluate
 from ._importance import uniformity as uniformity
 from ._metrics import DEFINITIONS as DEFINITIONS
+from ._pass import Evaluation as Evaluation
 from ._record import Provenance as Provenance
 from ._record import Record as Record
 from ._record import record as record

@@ -6,34 +6,28 @@ ablated, all dictionaries on the same batches. Activations are cast to float32 b
 sees them, and sums are float64.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gemscope.corpus import Document, TokenBatch, contexts, pack
 from gemscope.errors import InputError
 from gemscope.lm import LanguageModel, replace, splice
-from gemscope.sae import SAE
-from gemscope.sites import Site
+from gemscope.sae import CrossLayer, Dictionary
+from gemscope.sites import Site, each
 
-from ._baseline import random_dictionary
 from ._importance import importance_uniformity
-from ._metrics import SUMS, formulas
-from ._statistics import FeatureStatistics, PositionProfile, density_histogram
-from ._sums import DocumentSums
+from ._losses import Losses
+from ._pass import Evaluation, Pass
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, tokens done and tokens in all."""
 
 _LOGIT_BYTES = 64 * 2**20
-_CHUNK = 512
 _SAMPLE = 2_048
 _IMPORTANCE_TOKENS = 4_096
-_CONTEXTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +41,10 @@ class Settings:
     batch: int | None = None
     """Contexts of a batch; None takes what keeps the logits within 64 MiB."""
     seed: int = 0
+    layers: tuple[int, ...] | None = None
+    """Layers in which a multi-layer model is spliced for the main figures; None is all together."""
+    count_prefix: bool = False
+    """Whether the tokens that begin a user's turn in a chat count: outliers, so not by default."""
 
     def __post_init__(self):
         if self.tokens < 2:
@@ -61,26 +59,9 @@ class Settings:
             raise InputError(f"seed {self.seed} is not between 0 and {2**32 - 1}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Everything measured of one dictionary."""
-
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float] | None]
-    """95% intervals over documents of the metrics that are ratios of sums."""
-    baseline: dict[str, float]
-    """The same metrics for a random dictionary of the same shape and L0."""
-    tokens: int
-    documents: int
-    density: dict[str, list]
-    positions: list[dict[str, int | float]]
-    statistics: FeatureStatistics = field(repr=False)
-    batches: list[TokenBatch] = field(repr=False)
-
-
 def evaluate(
     model: LanguageModel,
-    saes: Sequence[SAE],
+    saes: Sequence[Dictionary],
     documents: Sequence[Document],
     settings: Settings = Settings(),
     progress: Progress = lambda *_: None,
@@ -88,38 +69,48 @@ def evaluate(
     """Evaluate each of `saes` on `documents`, spliced into `model` one at a time."""
     for sae in saes:
         model.check_widths(sae)
+    spliced = [_spliced(sae, settings) for sae in saes]
     batches = _batches(model, documents, settings)
     total = sum(b.n_counted for b in batches)
     with torch.no_grad():
         means, samples = _first_pass(model, saes, batches, progress, total)
+        context = min(settings.context, model.max_context)
         passes = [
-            _Pass(model, sae, means, samples[sae.reads], settings, _context(model, settings))
-            for sae in saes
+            Pass(sae, means, samples, seed=settings.seed, context=context, at=at)
+            for sae, at in zip(saes, spliced, strict=True)
         ]
         done, first = 0, 0
         for batch in batches:
             _second_pass(model, passes, batch, first, means)
             done, first = done + batch.n_counted, first + batch.ids.numel()
             progress("splicing and ablating", done, total)
-    out = []
-    for one in passes:
-        uniform = _uniformity(model, one.sae, batches)
-        out.append(one.result(uniform, settings, batches))
-    return out
+    return [
+        one.result(_uniformity(model, one.sae, batches), settings.seed, batches) for one in passes
+    ]
 
 
-def _context(model: LanguageModel, settings: Settings) -> int:
-    return min(settings.context, model.max_context)
+def _spliced(sae: Dictionary, settings: Settings) -> tuple[Site, ...]:
+    """The sites that are replaced together for the main figures."""
+    sites = each(sae.writes)
+    if settings.layers is None or not isinstance(sae, CrossLayer):
+        return sites
+    chosen = tuple(site for site in sites if site.layer in settings.layers)
+    if absent := sorted(set(settings.layers) - {site.layer for site in chosen}):
+        raise InputError(
+            f"{sae.origin.address or 'the model'} writes {sae.writes}, and not in layer {absent[0]}"
+        )
+    return chosen
 
 
 def _batches(
     model: LanguageModel, documents: Sequence[Document], settings: Settings
 ) -> list[TokenBatch]:
-    length = _context(model, settings)
+    length = min(settings.context, model.max_context)
     fit = _LOGIT_BYTES // (4 * length * model.config.vocab_size)
     rows = contexts(documents, model.tokenizer, length=length)
     batch = settings.batch or min(16, max(1, fit))
-    found = list(pack(rows, model.tokenizer, batch=batch, tokens=settings.tokens))
+    prefix = None if settings.count_prefix else model.prefix
+    found = list(pack(rows, model.tokenizer, batch=batch, tokens=settings.tokens, prefix=prefix))
     counted = sum(b.n_counted for b in found)
     if counted < 2:
         raise InputError(
@@ -131,12 +122,12 @@ def _batches(
 
 def _first_pass(
     model: LanguageModel,
-    saes: Sequence[SAE],
+    saes: Sequence[Dictionary],
     batches: list[TokenBatch],
     progress: Progress,
     total: int,
 ) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-    sites = sorted({s for sae in saes for s in (sae.reads, sae.writes)})
+    sites = _sites(saes)
     sums = {s: torch.zeros(model.width(s), dtype=torch.float64, device=model.device) for s in sites}
     samples: dict[Site, Tensor] = {}
     done = 0
@@ -153,154 +144,68 @@ def _first_pass(
     return {site: s / total for site, s in sums.items()}, samples
 
 
-class _Pass:
-    """What the second pass sums up for one dictionary, and for its random counterpart."""
-
-    def __init__(self, model, sae: SAE, means, sample, settings: Settings, context: int):
-        self.sae = sae
-        self.mean = means[sae.writes]
-        self.random = random_dictionary(
-            sae, sample, means[sae.reads], means[sae.writes], seed=settings.seed
-        )
-        self.sums, self.random_sums = DocumentSums(SUMS), DocumentSums(SUMS)
-        self.statistics = FeatureStatistics(sae.d_sae, keep=_CONTEXTS)
-        self.positions = PositionProfile(context)
-
-    def add_reconstruction(self, x, y, documents, positions, places) -> None:
-        """Add counted tokens: what is read, what is to be written, and where they stand."""
-        for sae, sums in ((self.sae, self.sums), (self.random, self.random_sums)):
-            features = sae.encode(x)
-            out = sae.decode(features, x).double()
-            target = y.double()
-            error = (out - target).square().sum(1)
-            around = (target - self.mean).square().sum(1)
-            offset = (self.mean - self.mean.mean()).square().sum()
-            norms, target_norms = out.norm(dim=1), target.norm(dim=1)
-            dot = (out * target).sum(1)
-            sums.add(
-                documents,
-                n=torch.ones_like(error),
-                l0=features.counts,
-                error=error,
-                variance=around,
-                # About one scalar mean: the distance from the mean vector, and that vector's own
-                # spread, which adds up exactly because deviations from the mean sum to zero.
-                global_variance=around + offset,
-                cosine=dot / (norms * target_norms).clamp_min(1e-30),
-                norm_ratio=norms / target_norms.clamp_min(1e-30),
-                written_square=norms.square(),
-                written_dot=dot,
-            )
-            if sae is self.sae:
-                self.statistics.add(features, documents, places)
-                self.positions.add(positions.cpu(), error.cpu())
-
-    def result(self, uniform: float, settings: Settings, batches: list[TokenBatch]) -> Evaluation:
-        figures = formulas(self.sae.d_out)
-        density = self.statistics.density
-        metrics = _figures(self.sums, figures) | {
-            "dead_fraction": float((density == 0).mean()),
-            "dense_fraction": float((density > 0.1).mean()),
-            "importance_uniformity": uniform,
-        }
-        variance = self.sums.ratio("variance", "n")
-        return Evaluation(
-            metrics=metrics,
-            intervals=self.sums.intervals(figures, seed=settings.seed),
-            baseline=_figures(self.random_sums, figures),
-            tokens=self.statistics.tokens,
-            documents=len(self.sums.table[self.sums.table.any(1)]),
-            density=density_histogram(density),
-            positions=self.positions.record(variance),
-            statistics=self.statistics,
-            batches=batches,
-        )
-
-
-def _figures(sums: DocumentSums, figures) -> dict[str, float]:
-    totals = {name: np.asarray(sums.total(name)) for name in SUMS}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return {name: float(formula(totals)) for name, formula in figures.items()}
+def _sites(saes: Sequence[Dictionary]) -> list[Site]:
+    return sorted({s for sae in saes for some in (sae.reads, sae.writes) for s in each(some)})
 
 
 def _second_pass(
-    model: LanguageModel, passes: list[_Pass], batch: TokenBatch, first: int, means: dict
+    model: LanguageModel, passes: list[Pass], batch: TokenBatch, first: int, means: dict
 ) -> None:
     counts = batch.counts.to(model.device)
     rows, positions = batch.counts.nonzero(as_tuple=True)
     documents = batch.documents[rows]
     places = first + rows * batch.ids.shape[1] + positions
-    sites = sorted({s for p in passes for s in (p.sae.reads, p.sae.writes)})
-    clean = model.run(batch, read=sites, logits=True)
-    reference = _Losses(clean.logits, batch)
-    ablated: dict[Site, dict[str, Tensor]] = {}
+    clean = model.run(batch, read=_sites([p.sae for p in passes]), logits=True)
+    reference = Losses(clean.logits, batch)
+    ones = torch.ones_like(reference.clean)
+    ablated: dict[tuple[Site, ...], dict[str, Tensor]] = {}
     for one in passes:
-        sae = one.sae
-        one.add_reconstruction(
-            clean[sae.reads][counts], clean[sae.writes][counts], documents, positions, places
-        )
-        if sae.writes not in ablated:
-            mean = means[sae.writes]
-            ablated[sae.writes] = {
-                name: reference.loss_of(
-                    model.run(batch, edits=[replace(sae.writes, value)], logits=True).logits
-                )
-                for name, value in (("zero", torch.zeros_like(mean)), ("mean", mean))
-            }
-        for dictionary, sums in ((sae, one.sums), (one.random, one.random_sums)):
-            logits = model.run(batch, edits=[splice(dictionary)], logits=True).logits
+        x, y = clean[one.sae.reads][counts], clean[one.sae.writes][counts]
+        one.add_reconstruction(x, y, documents, positions, places)
+        if one.at not in ablated:
+            ablated[one.at] = _ablated(model, batch, reference, one.at, means)
+        for dictionary, sums in one.dictionaries:
+            logits = model.run(batch, edits=[one.edit(dictionary)], logits=True).logits
             sums.add(
                 reference.documents,
-                targets=torch.ones_like(reference.clean),
+                targets=ones,
                 clean=reference.clean,
                 spliced=reference.loss_of(logits),
-                **ablated[sae.writes],
+                **ablated[one.at],
             )
             sums.add(documents, kl=reference.divergence_of(logits))
-
-
-class _Losses:
-    """Losses and divergences of one batch against its clean run."""
-
-    def __init__(self, logits: Tensor, batch: TokenBatch):
-        self.logits = logits
-        self.counts = batch.counts.to(logits.device)
-        # Every counted token is a target once, the first of a context predicted from BOS. A
-        # context without BOS has no prediction for its first token.
-        self.targets = self.counts[:, 1:]
-        self.wanted = batch.ids.to(logits.device)[:, 1:][self.targets]
-        self.documents = batch.documents[batch.counts[:, 1:].nonzero(as_tuple=True)[0]]
-        self.clean = self.loss_of(logits)
-
-    def loss_of(self, logits: Tensor) -> Tensor:
-        """Cross-entropy of every target `[n]`."""
-        losses = [
-            F.cross_entropy(some.float(), wanted, reduction="none")
-            for some, wanted in zip(
-                _chunks(logits[:, :-1], self.targets), self.wanted.split(_CHUNK), strict=True
+        for site, sums in one.layers.items():
+            logits = model.run(batch, edits=[splice(one.sae, [site])], logits=True).logits
+            sums.add(
+                reference.documents,
+                targets=ones,
+                clean=reference.clean,
+                spliced=reference.loss_of(logits),
             )
+
+
+def _ablated(
+    model: LanguageModel,
+    batch: TokenBatch,
+    reference: Losses,
+    at: tuple[Site, ...],
+    means: dict[Site, Tensor],
+) -> dict[str, Tensor]:
+    """Losses with zeros, and with mean activations, at all of `at`."""
+    out = {}
+    for name in ("zero", "mean"):
+        edits = [
+            replace(site, means[site] if name == "mean" else torch.zeros_like(means[site]))
+            for site in at
         ]
-        return torch.cat(losses)
-
-    def divergence_of(self, logits: Tensor) -> Tensor:
-        """Kullback-Leibler divergence from the clean run at every counted token `[n]`."""
-        divergences = []
-        for mine, theirs in zip(
-            _chunks(self.logits, self.counts), _chunks(logits, self.counts), strict=True
-        ):
-            clean, other = mine.float().log_softmax(-1), theirs.float().log_softmax(-1)
-            divergences.append(F.kl_div(other, clean, log_target=True, reduction="none").sum(-1))
-        return torch.cat(divergences)
+        out[name] = reference.loss_of(model.run(batch, edits=edits, logits=True).logits)
+    return out
 
 
-def _chunks(logits: Tensor, mask: Tensor) -> Iterator[Tensor]:
-    """The rows of `logits` where `mask` is True, a few at a time: a vocabulary is wide."""
-    rows, columns = mask.nonzero(as_tuple=True)
-    for some in zip(rows.split(_CHUNK), columns.split(_CHUNK), strict=True):
-        yield logits[some]
-
-
-def _uniformity(model: LanguageModel, sae: SAE, batches: list[TokenBatch]) -> float:
+def _uniformity(model: LanguageModel, sae: Dictionary, batches: list[TokenBatch]) -> float:
+    if isinstance(sae, CrossLayer):
+        # The layers' effects run through each other; the paper's definition is for one site.
+        return float("nan")
     found, tokens = [], 0
     for batch in batches:
         found.append(importance_uniformity(model, sae, batch).cpu())

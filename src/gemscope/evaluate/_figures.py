@@ -21,6 +21,8 @@ def figures(records: Sequence["Record"]) -> dict[str, str]:
     out["loss"] = _loss(records)
     out["density"] = _density(records)
     out["positions"] = _positions(records)
+    if any(record.layers for record in records):
+        out["layers"] = _layers([record for record in records if record.layers])
     return out
 
 
@@ -61,7 +63,7 @@ def _increase(record: "Record", name: str) -> float:
     if name == "delta_loss":
         return record.metrics["delta_loss"]
     if name == "random":
-        return record.baseline["delta_loss"]
+        return record.baseline.get("delta_loss", 0.0)
     return record.metrics[name] - clean
 
 
@@ -94,6 +96,18 @@ def _positions(records: Sequence["Record"]) -> str:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("position in the context (tokens after BOS; each point up to the next)")
     axes.set_ylabel("squared error (share of overall variance)")
+    return _svg(figure, axes)
+
+
+def _layers(records: Sequence["Record"]) -> str:
+    figure, axes = _axes("Multi-layer models, layer by layer", 6.4, 4.0)
+    for i, record in enumerate(records):
+        x = [int(str(layer["site"]).split(".")[0]) for layer in record.layers]
+        axes.plot(x, [layer["fvu"] for layer in record.layers], label=record.label, **_style(i))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer written")
+    axes.set_ylabel("FVU (share of variance; lower is better)")
     return _svg(figure, axes)
 
 

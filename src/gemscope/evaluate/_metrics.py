@@ -14,6 +14,9 @@ SUMS = (
     "written_dot", "targets", "clean", "spliced", "zero", "mean", "kl",
 )  # fmt: skip
 
+LAYER_SUMS = ("n", "l0", "error", "variance", "targets", "clean", "spliced")
+"""What is summed of each layer of a multi-layer model."""
+
 Columns = dict[str, np.ndarray]
 
 
@@ -45,6 +48,15 @@ def formulas(d_out: int) -> dict[str, Formula]:
         "loss_recovered_zero": _recovered("zero"),
         "loss_recovered_mean": _recovered("mean"),
     }
+
+
+def layer_formulas(d_out: int) -> dict[str, Formula]:
+    """The metrics of one layer of a multi-layer model: what it reads, and what is written in it.
+
+    `l0` counts the features read there; the rest is of the layer's output, spliced alone.
+    """
+    whole = formulas(d_out)
+    return {name: whole[name] for name in ("l0", "fvu", "mse", "loss_spliced", "delta_loss")}
 
 
 DEFINITIONS = {

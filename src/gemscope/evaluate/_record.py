@@ -12,9 +12,11 @@ from gemscope import __version__
 from gemscope.corpus import Document
 from gemscope.hub import Entry, digest, published
 from gemscope.lm import LanguageModel
-from gemscope.sae import SAE
+from gemscope.sae import Dictionary
+from gemscope.sites import Site, Sites
 
-from ._evaluate import Evaluation, Settings
+from ._evaluate import Settings
+from ._pass import Evaluation
 from ._top import FeatureRecord, top_features
 
 
@@ -31,6 +33,7 @@ class Provenance:
     text_sha256: str
     context: int
     bos: str
+    chat_prefix: str
     seed: int
     gemscope: str
     torch: str
@@ -49,13 +52,17 @@ class Record:
     d_in: int
     d_out: int
     d_sae: int
-    nominal_l0: float
+    nominal_l0: float | None
     tokens: int
     documents: int
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float] | None]
     baseline: dict[str, float]
     published: dict[str, Any] | None
+    layers: list[dict[str, str | float]]
+    """Of a multi-layer model, the metrics of each layer."""
+    spliced: str
+    """The sites replaced together for the main figures."""
     density: dict[str, list]
     positions: list[dict[str, int | float]]
     features: dict[str, list[FeatureRecord]]
@@ -64,7 +71,8 @@ class Record:
     @property
     def label(self) -> str:
         """A short name for figures and tables: the site, and what is left to tell by."""
-        site = self.writes if self.kind == "sae" else f"{self.reads} > {self.writes}"
+        same = self.reads == self.writes
+        site = self.writes if same else f"{self.reads} > {self.writes}"
         return f"{site}, {self.d_sae} wide"
 
     def json(self) -> dict[str, Any]:
@@ -82,7 +90,7 @@ _FIRST = (
 
 def record(
     model: LanguageModel,
-    sae: SAE,
+    sae: Dictionary,
     entry: Entry,
     evaluation: Evaluation,
     documents: Sequence[Document],
@@ -106,6 +114,8 @@ def record(
         intervals=evaluation.intervals,
         baseline=evaluation.baseline,
         published=published(entry),
+        layers=evaluation.layers,
+        spliced=_spliced(entry, settings),
         density=evaluation.density,
         positions=evaluation.positions,
         features=top_features(model, sae, evaluation, documents),
@@ -119,6 +129,7 @@ def record(
             text_sha256=_text_digest(documents),
             context=min(settings.context, model.max_context),
             bos="begins every context; outside every statistic and never spliced",
+            chat_prefix="counted" if settings.count_prefix else "outside every statistic",
             seed=settings.seed,
             gemscope=__version__,
             torch=version("torch"),
@@ -126,6 +137,12 @@ def record(
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         ),
     )
+
+
+def _spliced(entry: Entry, settings: Settings) -> str:
+    if isinstance(entry.writes, Site) or settings.layers is None:
+        return str(entry.writes)
+    return str(Sites(s for s in entry.writes if s.layer in settings.layers))
 
 
 def _text_digest(documents: Sequence[Document]) -> str:

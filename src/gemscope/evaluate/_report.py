@@ -18,6 +18,12 @@ from ._record import Record
 from ._top import ContextRecord, FeatureRecord
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_KINDS = {
+    "sae": "A sparse autoencoder",
+    "transcoder": "A transcoder",
+    "crosscoder": "A crosscoder",
+    "clt": "A cross-layer transcoder",
+}
 _GROUPS = {
     "middle": "Features of middling density",
     "density": "Features that fire most often",
@@ -99,6 +105,7 @@ def _render(name: str, records: Sequence[Record], drawn: dict[str, str], title: 
         },
         definitions=DEFINITIONS,
         groups=_GROUPS,
+        kinds=_KINDS,
         colour=_colour,
         peak=_peak,
     )

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gemscope.corpus import Document, TokenBatch
 from gemscope.lm import LanguageModel
-from gemscope.sae import SAE
+from gemscope.sae import SAE, Dictionary
+from gemscope.sites import each
 
-from ._evaluate import Evaluation
+from ._pass import Evaluation
 
 _BEFORE, _AFTER = 12, 6
 _PROMOTED = 8
@@ -41,7 +43,7 @@ class FeatureRecord:
 
 def top_features(
     model: LanguageModel,
-    sae: SAE,
+    sae: Dictionary,
     evaluation: Evaluation,
     documents: Sequence[Document],
     *,
@@ -79,9 +81,11 @@ def top_features(
     return {name: [records[f] for f in group] for name, group in groups.items()}
 
 
-def _promoted(model: LanguageModel, sae: SAE, chosen: list[int]) -> dict[int, list[str]] | None:
+def _promoted(model: LanguageModel, sae: Dictionary, chosen: list[int]) -> dict[int, list[str]] | None:
+    if not chosen:
+        return {}
     with torch.no_grad():
-        logits = model.direct_logits(sae.w_dec[torch.tensor(chosen, dtype=torch.long)], sae.writes)
+        logits = model.direct_logits(_directions(sae, chosen), each(sae.writes)[-1])
     if logits is None:
         return None
     best = logits.topk(min(_PROMOTED, logits.shape[1]), dim=1).indices.tolist()
@@ -90,9 +94,17 @@ def _promoted(model: LanguageModel, sae: SAE, chosen: list[int]) -> dict[int, li
     }
 
 
+def _directions(sae: Dictionary, chosen: list[int]) -> Tensor:
+    """What each feature adds to the last residual stream it reaches, other layers aside."""
+    rows = sae.rows(chosen)
+    # Layers of a crosscoder reconstruct one stream each, of a transcoder they add to one.
+    adds = isinstance(sae, SAE) or sae.is_transcoder
+    return rows.sum(1) if adds else rows[:, -1]
+
+
 def _contexts(
     model: LanguageModel,
-    sae: SAE,
+    sae: Dictionary,
     evaluation: Evaluation,
     chosen: list[int],
     documents: Sequence[Document],

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from gemscope.errors import InputError
 from gemscope.lm import LanguageModel
-from gemscope.sae import SAE, JumpReLU, SparseFeatures
+from gemscope.sae import SAE, CrossLayer, Dictionary, JumpReLU, SparseFeatures
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """What a dictionary says of each token of a text; nothing of tokens that do not count."""
 
-    sae: SAE
+    sae: Dictionary
     tokens: list[str]
     counted: list[bool]
     features: SparseFeatures
     activations: Tensor
-    """What the dictionary read `[n_tokens, d_in]`."""
+    """What the dictionary read `[n_tokens, d_in]`; of several layers, `n_layers` before `d_in`."""
 
     @property
     def shown(self) -> list[str]:
@@ -34,19 +34,32 @@ class Look:
         """Features that fire on each token."""
         return self.features.counts.tolist()
 
+    def name(self, feature: int) -> str:
+        """A feature's number, and in a multi-layer model the layer it is read in."""
+        if isinstance(self.sae, SAE):
+            return str(feature)
+        return f"{feature} ({self.sae.reads[self.sae.layer_of(feature)].layer})"
+
     def json(self, top: int) -> dict[str, Any]:
-        """`{"tokens": [...], "features": [[{"feature", "value"}, ...] per token]}`."""
+        """`{"tokens": [...], "features": [[{"feature", "value"}, ...] per token]}`; with `layer`,
+        the one it is read in, for each feature of a multi-layer model.
+        """
         return {
             "tokens": self.tokens,
             "features": [
-                [{"feature": index, "value": value} for index, value in pairs]
+                [{"feature": index, "value": value} | self._layer(index) for index, value in pairs]
                 for pairs in self.features.top(top)
             ],
         }
 
+    def _layer(self, feature: int) -> dict[str, int]:
+        if isinstance(self.sae, SAE):
+            return {}
+        return {"layer": self.sae.reads[self.sae.layer_of(feature)].layer}
+
 
 @torch.no_grad()
-def look(model: LanguageModel, sae: SAE, text: str) -> Look:
+def look(model: LanguageModel, sae: Dictionary, text: str) -> Look:
     """Run `text` as one context and encode every token that counts."""
     run = model.run(text, read=[sae.reads])
     x, counts = run[sae.reads][0].float(), run.tokens.counts[0]
@@ -60,7 +73,7 @@ def look(model: LanguageModel, sae: SAE, text: str) -> Look:
     return Look(sae, tokens, counts.tolist(), masked, x)
 
 
-def check_plot(sae: SAE, file: Path, feature: int | None) -> None:
+def check_plot(sae: Dictionary, file: Path, feature: int | None) -> None:
     """Refuse a figure that cannot be drawn, before anything is computed for it."""
     if file.suffix not in (".svg", ".png", ".pdf"):
         raise InputError(f"a figure is written as .svg, .png or .pdf, not as {file.name!r}")
@@ -95,7 +108,7 @@ def _heat(figure: Any, axes: Any, seen: Look, rows: int) -> None:
     image = axes.imshow(
         dense[:, chosen].T.numpy(), aspect="auto", cmap="Oranges", interpolation="nearest"
     )
-    axes.set_yticks(range(len(chosen)), chosen.tolist(), fontsize=8)
+    axes.set_yticks(range(len(chosen)), [seen.name(i) for i in chosen.tolist()], fontsize=8)
     axes.set_ylabel("feature")
     axes.set_title(f"The {len(chosen)} strongest features at {seen.sae.reads}", loc="left")
     figure.colorbar(image, label="activation (raw units)")
@@ -103,12 +116,10 @@ def _heat(figure: Any, axes: Any, seen: Look, rows: int) -> None:
 
 def _bars(axes: Any, seen: Look, feature: int) -> None:
     sae = seen.sae
-    pre = (seen.activations @ sae.w_enc[:, feature].float() + sae.b_enc[feature].float()).cpu()
+    pre = sae.pre_activations(seen.activations, [feature])[:, 0].cpu()
     counted = torch.tensor(seen.counted)
     pre = torch.where(counted, pre, torch.nan)
-    threshold = (
-        float(sae.activation.threshold[feature]) if isinstance(sae.activation, JumpReLU) else 0.0
-    )
+    threshold = _threshold(sae, feature)
     fires = pre > threshold
     colours = ["#d8702a" if f else "#b9bfc4" for f in fires.tolist()]
     axes.bar(range(len(pre)), pre.tolist(), color=colours)
@@ -119,6 +130,14 @@ def _bars(axes: Any, seen: Look, feature: int) -> None:
     axes.set_title(
         f"Feature {feature} at {sae.reads}: it fires where the bar is coloured", loc="left"
     )
+
+
+def _threshold(sae: Dictionary, feature: int) -> float:
+    if isinstance(sae, CrossLayer):
+        place = sae.layer_of(feature)
+        return float(sae.layers[place].threshold[feature - sae.firsts[place]])
+    # TopK has no threshold of its own: what fires is above 0.
+    return float(sae.activation.threshold[feature]) if isinstance(sae.activation, JumpReLU) else 0.0
 
 
 def _escaped(token: str) -> str:

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gemscope.formats import Part
+
 from ._jumprelu import jumprelu
 
 
@@ -78,20 +80,18 @@ class Dictionary:
         return Output(y if self.skip is None else y + x @ self.skip, features, active)
 
     @torch.no_grad()
-    def folded(self, scales: Scales) -> dict[str, Tensor]:
-        """The parameters as published files hold them: Gemma Scope 2's names, raw units."""
+    def folded(self, scales: Scales) -> Part:
+        """The parameters as published files hold them, in raw units."""
         up = scales.c_out
         b_enc = self.b_enc - self.b_dec @ self.w_enc if self.pre_bias else self.b_enc
-        out = {
-            "w_enc": self.w_enc * (up / scales.c_in),
-            "b_enc": b_enc * up,
-            "w_dec": self.w_dec.clone(),
-            "b_dec": self.b_dec * up,
-            "threshold": self.threshold * up,
-        }
-        if self.skip is not None:
-            out["affine_skip_connection"] = self.skip * (up / scales.c_in)
-        return out
+        return Part(
+            w_enc=self.w_enc * (up / scales.c_in),
+            b_enc=b_enc * up,
+            w_dec=self.w_dec.clone(),
+            b_dec=self.b_dec * up,
+            threshold=self.threshold * up,
+            skip=None if self.skip is None else self.skip * (up / scales.c_in),
+        )
 
 
 def initial(

@@ -66,7 +66,7 @@ def train(
         done = trainer.train(folder, report=report, stopping=lambda: bool(received))
     if not done:
         raise Stopped(received[0], trainer.step, config.steps, folder)
-    formats.write(artefact, facts, trainer.dictionary.folded(trainer.scales))
+    formats.write_gemma_scope_2(artefact, facts, [trainer.dictionary.folded(trainer.scales)])
     return artefact
 
 
