@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# SAELens, to measure against, in an environment of its own.
+PEER := .venv-peer
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench miniature clean
@@ -32,11 +34,16 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## measure this machine; prints one record per benchmark
+bench: $(STAMP) $(PEER)/.installed  ## measure this machine, beside SAELens; prints one record each
 	$(BIN)/python benchmarks/run.py
+
+$(PEER)/.installed:
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 sae-lens==6.54.12
+	@touch $@
 
 miniature: $(STAMP)  ## make the bundled model and its dictionaries from scratch (hours; resumable)
 	$(BIN)/python scripts/miniature/make.py --work build/miniature
 
 clean:  ## remove what setup and runs made
-	rm -rf $(VENV) build reports .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEER) build reports .pytest_cache .mypy_cache .ruff_cache

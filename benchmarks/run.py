@@ -111,7 +111,116 @@ def _median(run: Callable[[], object]) -> float:
     return statistics.median(found[1:])
 
 
-THEMES = {"startup": startup, "demo": demo, "dictionary": dictionary}
+PEER = HERE.parent / ".venv-peer" / "bin" / "python"
+_RELEASE = "gemma-scope-2b-pt-res"
+_SIZES = {"layer_20/width_16k/average_l0_71": 16_384, "layer_12/width_65k/average_l0_72": 65_536}
+_TOKENS = 2_048
+
+
+def peer() -> Iterator[dict]:
+    """Load, encode and decode beside SAELens 6.54.12, on the same files in the same cache.
+
+    Both read one fabricated npz of Gemma Scope's shape through the hub's cache, offline; both
+    answer in float32. SAELens runs in an environment of its own, which `make bench` sets up.
+    """
+    if not PEER.is_file():
+        raise SystemExit("no environment with SAELens: make bench sets it up")
+    with tempfile.TemporaryDirectory() as home:
+        environment = {**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+        for name, d_sae in _SIZES.items():
+            fabricate(Path(home), name, d_sae)
+            yield _first_encode(name, d_sae, environment)
+            yield from _encode_and_decode(name, d_sae, environment)
+
+
+def fabricate(home: Path, name: str, d_sae: int) -> None:
+    """A dictionary of random unit rows with an L0 of about 70 on normal inputs, in the cache."""
+    import numpy as np
+
+    d = 2_304
+    rng = np.random.default_rng(0)
+    w_dec = rng.standard_normal((d_sae, d), dtype=np.float32)
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    # Products of a normal input with unit rows are normal: their upper tail has the wanted share.
+    threshold = statistics.NormalDist().inv_cdf(1 - 70 / d_sae)
+    repo = home / "hub" / f"models--google--{_RELEASE}"
+    commit = "0" * 40
+    folder = repo / "snapshots" / commit / name
+    folder.mkdir(parents=True)
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs" / "main").write_text(commit)
+    np.savez(
+        folder / "params.npz",
+        W_enc=np.ascontiguousarray(w_dec.T), W_dec=w_dec, b_enc=np.zeros(d_sae, np.float32),
+        b_dec=np.zeros(d, np.float32), threshold=np.full(d_sae, threshold, np.float32),
+    )  # fmt: skip
+
+
+_OURS_FIRST = """
+import sys
+import torch
+from gemscope.hub import load_sae
+sae = load_sae(sys.argv[1])
+x = torch.randn(1, sae.d_in, generator=torch.Generator().manual_seed(1))
+print(sae.encode(x).counts.float().mean().item())
+"""
+
+
+def _first_encode(name: str, d_sae: int, environment: dict) -> dict:
+    ours = [sys.executable, "-c", _OURS_FIRST, f"{_RELEASE}/{name}"]
+    theirs = [str(PEER), str(HERE / "peer.py"), _RELEASE, name, "1", "--first"]
+    seconds = {}
+    for who, command in (("ours", ours), ("theirs", theirs)):
+        found = []
+        for _ in range(5):
+            began = time.perf_counter()
+            subprocess.run(command, env=environment, capture_output=True, check=True)
+            found.append(time.perf_counter() - began)
+        seconds[who] = statistics.median(found[1:])
+    return {
+        "command": f"load and encode one token, 2304 x {d_sae}, whole process",
+        "seconds": seconds["ours"],
+        "tokens": 1,
+        "saelens_seconds": seconds["theirs"],
+        "ratio_to_saelens": seconds["theirs"] / seconds["ours"],
+    }
+
+
+def _encode_and_decode(name: str, d_sae: int, environment: dict) -> Iterator[dict]:
+    command = [str(PEER), str(HERE / "peer.py"), _RELEASE, name, str(_TOKENS)]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    script = f"""
+import json, sys, time, torch
+sys.path.insert(0, {str(HERE)!r})
+from run import _median
+from gemscope.hub import load_sae
+sae = load_sae({f"{_RELEASE}/{name}"!r})
+x = torch.randn({_TOKENS}, sae.d_in, generator=torch.Generator().manual_seed(1))
+features = sae.encode(x)
+print(json.dumps({{
+    "encode": _median(lambda: sae.encode(x)), "decode": _median(lambda: sae.decode(features)),
+    "l0": features.counts.float().mean().item(),
+    "out": sae.decode(features).double().norm().item(),
+}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, check=True, text=True
+    )
+    ours = json.loads(done.stdout.strip().splitlines()[-1])
+    assert abs(ours["l0"] - theirs["l0"]) < 0.01, "the two do not encode the same"
+    assert abs(ours["out"] / theirs["out"] - 1) < 1e-5, "the two do not decode the same"
+    for what in ("encode", "decode"):
+        yield {
+            "command": f"{what} {_TOKENS} tokens, 2304 x {d_sae}, L0 {ours['l0']:.0f}",
+            "seconds": ours[what],
+            "tokens": _TOKENS,
+            "saelens_seconds": theirs[what],
+            "ratio_to_saelens": theirs[what] / ours[what],
+        }
+
+
+THEMES = {"startup": startup, "demo": demo, "dictionary": dictionary, "peer": peer}
 
 
 def hardware() -> str:
