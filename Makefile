@@ -39,7 +39,8 @@ bench: $(STAMP) $(PEER)/.installed  ## measure this machine, beside SAELens; pri
 
 $(PEER)/.installed:
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 sae-lens==6.54.12
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 sae-lens==6.54.12 transformer-lens==3.9.0
 	@touch $@
 
 miniature: $(STAMP)  ## make the bundled model and its dictionaries from scratch (hours; resumable)

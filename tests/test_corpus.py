@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemscope import miniature as bundled
-from gemscope.corpus import Context, Document, contexts, pack, read_dataset, read_text
+from gemscope.corpus import Context, Document, Prefix, contexts, pack, read_dataset, read_text
 from gemscope.errors import InputError
 
 TEXTS = (
@@ -280,3 +280,47 @@ def test_the_library_is_what_the_miniature_was_trained_on(splits):
 @pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="another library gives another text")
 def test_the_bundled_text_is_the_held_out_split(splits):
     assert read_text("miniature") == splits["heldout"]
+
+
+class _Chat:
+    """Whole words as tokens, with a chat's marks among them."""
+
+    bos_token_id, pad_token_id, eos_token_id = 0, 1, None
+    all_special_ids = (0, 1)
+    words = ("<bos>", "<pad>", "<start_of_turn>", "user", "\n", "model", "hi", "yes")
+
+    def __call__(self, text, add_special_tokens=False, verbose=True):
+        assert not add_special_tokens
+        return {"input_ids": [self.words.index(w) for w in text.split(" ")]}
+
+
+@pytest.mark.parametrize(
+    ("every_turn", "counted"),
+    [
+        (
+            False,
+            ["hi", "<start_of_turn>", "model", "\n", "yes", "<start_of_turn>", "user", "\n", "hi"],
+        ),
+        (True, ["hi", "<start_of_turn>", "model", "\n", "yes", "hi"]),
+    ],
+)
+@pytest.mark.parametrize("first", ["", "<bos> "])
+def test_what_begins_a_users_turn_does_not_count(every_turn, counted, first):
+    """Four positions with BOS for Gemma 3, every user's turn for Gemma 2."""
+    turns = "<start_of_turn> user \n hi <start_of_turn> model \n yes <start_of_turn> user \n hi"
+    chat = _Chat()
+    rows = list(contexts([Document("a", first + turns), Document("b", "hi")], chat, length=64))
+    assert rows[0].ids.count(0) == 1, "BOS once, whoever wrote it"
+    prefix = Prefix((2, 3, 4), every_turn)
+    (batch,) = pack(rows, chat, batch=2, prefix=prefix)
+    ids = batch.ids[0][batch.counts[0]].tolist()
+    assert [chat.words[i] for i in ids] == counted
+    assert batch.counts[1].sum() == 1
+    (plain,) = pack(rows, chat, batch=2)
+    assert plain.counts[0].sum() == len(turns.split(" "))
+
+
+def test_a_prefix_in_the_middle_is_no_beginning():
+    rows = list(contexts([Document("a", "hi <start_of_turn> user \n yes")], _Chat(), length=64))
+    (batch,) = pack(rows, _Chat(), batch=1, prefix=Prefix((2, 3, 4), False))
+    assert batch.n_counted == 5

@@ -44,9 +44,8 @@ def layer(sae, place, count):
 def crosscoder(singles):
     sites = Sites(Site.parse(f"{n}.resid_post") for n in LAYERS)
     layers = tuple(layer(sae, place, len(singles)) for place, sae in enumerate(singles))
-    return CrossLayer(
-        layers=layers, reads=sites, writes=sites, origin=Origin(model="gemscope/miniature", l0=120.0)
-    )
+    origin = Origin(model="gemscope/miniature", l0=120.0)
+    return CrossLayer(layers=layers, reads=sites, writes=sites, origin=origin)
 
 
 @pytest.fixture(scope="module")

@@ -106,9 +106,7 @@ class ActivationStream:
         first, last = (p * len(order) // self.buckets for p in (place, place + 1))
         # Contexts of like length side by side waste little padding; the bucket is shuffled after.
         rows = sorted((self.rows[i] for i in order[first:last]), key=lambda row: len(row.ids))
-        yield from pack(
-            rows, self.model.tokenizer, batch=self.harvest, prefix=self.model.prefix
-        )
+        yield from pack(rows, self.model.tokenizer, batch=self.harvest, prefix=self.model.prefix)
 
     @torch.no_grad()
     def _harvest(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:

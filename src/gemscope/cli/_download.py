@@ -83,7 +83,7 @@ def _model(entry: "Entry", token: str | None, to: Path | None, *, quiet: bool) -
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _bytes(size: int) -> str:

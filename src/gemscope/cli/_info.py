@@ -21,7 +21,7 @@ def info(
     """Show what is known of an artefact, without loading its weights."""
     from gemscope import hub
 
-    facts = _facts(hub.locate(address, given(reads, writes, model)))
+    facts = _facts(hub.locate(address, given(reads, writes, model), download=False))
     if json:
         print_json(facts)
         return

@@ -7,8 +7,8 @@ import typer
 if TYPE_CHECKING:
     from gemscope.hub import Given
 
-Reads = Annotated[str | None, typer.Option("--reads", metavar="SITE", help="Where it reads, such as 20.resid_post, if its files do not say.")]  # fmt: skip  # noqa: E501
-Writes = Annotated[str | None, typer.Option("--writes", metavar="SITE", help="Where it writes, if its files do not say; default: where it reads.")]  # fmt: skip  # noqa: E501
+Reads = Annotated[str | None, typer.Option("--reads", metavar="SITE", help="Where it reads, such as 20.resid_post, if its files do not say.")]  # fmt: skip
+Writes = Annotated[str | None, typer.Option("--writes", metavar="SITE", help="Where it writes, if its files do not say; default: where it reads.")]  # fmt: skip
 
 
 def given(reads: str | None, writes: str | None, model: str | None) -> "Given":

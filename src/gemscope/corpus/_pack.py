@@ -65,9 +65,9 @@ def contexts(documents: Iterable[Document], tokenizer: Any, *, length: int) -> I
         except UnicodeEncodeError:
             raise InputError(f"the text of {document.path!r} is not valid Unicode") from None
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        if first and ids[:1] == first:  # a chat template has written it already
-            ids = ids[1:]
-        for start in range(0, len(ids), room):
+        # A chat template has written BOS already.
+        begin = 1 if first and ids[:1] == first else 0
+        for start in range(begin, len(ids), room):
             yield Context(first + ids[start : start + room], index, start)
 
 

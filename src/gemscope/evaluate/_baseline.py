@@ -54,9 +54,7 @@ def random_dictionary(
             )
             for place, own in enumerate(sae.layers)
         ]  # fmt: skip
-        made = CrossLayer(
-            layers=tuple(drafts), reads=sae.reads, writes=sae.writes, origin=origin
-        )
+        made = CrossLayer(layers=tuple(drafts), reads=sae.reads, writes=sae.writes, origin=origin)
     return _with_l0(made, sample, sae.encode(sample).counts.float().mean().item())
 
 

@@ -13,6 +13,8 @@ from gemscope.corpus import TokenBatch
 from gemscope.lm import Edit, LanguageModel
 from gemscope.sae import SAE, SparseFeatures
 
+_ENTRIES = 16_384
+
 
 def importance_uniformity(model: LanguageModel, sae: SAE, batch: TokenBatch) -> Tensor:
     """r_L0 of every counted token on which a feature fires `[n]`, in float64."""
@@ -40,8 +42,12 @@ def uniformity(
 ) -> Tensor:
     """r_L0 of the tokens with at least one non-zero attribution."""
     rows = features.rows
-    decoder = w_dec[features.indices.long()].float()
-    y = (features.values * (decoder * gradient[rows]).sum(1)).double().abs()
+    # A few entries at a time: each has a whole row of the decoder to itself.
+    along = [
+        (w_dec[some.long()].float() * gradient[tokens]).sum(1)
+        for some, tokens in zip(features.indices.split(_ENTRIES), rows.split(_ENTRIES), strict=True)
+    ]
+    y = (features.values * torch.cat(along)).double().abs()
     sums = y.new_zeros(features.n_tokens).index_add_(0, rows, y)
     used = y.new_zeros(features.n_tokens).index_add_(0, rows, (y > 0).double())
     p = y / sums[rows]

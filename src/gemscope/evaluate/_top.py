@@ -81,7 +81,9 @@ def top_features(
     return {name: [records[f] for f in group] for name, group in groups.items()}
 
 
-def _promoted(model: LanguageModel, sae: Dictionary, chosen: list[int]) -> dict[int, list[str]] | None:
+def _promoted(
+    model: LanguageModel, sae: Dictionary, chosen: list[int]
+) -> dict[int, list[str]] | None:
     if not chosen:
         return {}
     with torch.no_grad():

@@ -21,10 +21,12 @@ from ._load import digest as digest
 from ._load import load_sae as load_sae
 from ._load import model_source as model_source
 from ._load import obtain as obtain
+from ._save import LAYOUTS as SAVED_LAYOUTS
 from ._save import save_sae as save_sae
 
 __all__ = [
-    "BUNDLED_RELEASE", "Entry", "Given", "Remote", "build", "cached", "catalog", "describe",
-    "digest", "expected_bytes", "expected_shapes", "fetch", "fetch_model", "find", "load_sae",
-    "locate", "model_shape", "model_source", "obtain", "published", "releases", "save_sae",
+    "BUNDLED_RELEASE", "SAVED_LAYOUTS", "Entry", "Given", "Remote", "build", "cached", "catalog",
+    "describe", "digest", "expected_bytes", "expected_shapes", "fetch", "fetch_model", "find",
+    "load_sae", "locate", "model_shape", "model_source", "obtain", "published", "releases",
+    "save_sae",
 ]  # fmt: skip

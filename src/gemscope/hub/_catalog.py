@@ -67,10 +67,11 @@ def releases() -> list[Suite]:
     return list(suites())
 
 
-def locate(address: str, given: Given = Given()) -> Entry:
+def locate(address: str, given: Given = Given(), *, download: bool = True) -> Entry:
     """The artefact of a catalog address, of a local folder, or at `owner/repo/path` of the hub.
 
-    What the files say wins over what names suggest; `given` says what neither does.
+    What the files say wins over what names suggest; `given` says what neither does. Of what only
+    the hub knows nothing can be said before its files are here: without `download`, it is refused.
     """
     if known := _known(address):
         return _here(known, given)
@@ -80,6 +81,11 @@ def locate(address: str, given: Given = Given()) -> Entry:
         return describe(folder, address=str(folder), given=given, known=_of_path(folder))
     if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.=+-]+)*", address) and not _is_release(address):
         remote = find(address)
+        if not download and cached(remote) is None:
+            raise InputError(
+                f"{address} is not in the catalog, and its files are not here: "
+                f"gemscope download {address}"
+            )
         return describe(fetch(remote), address=address, given=given, remote=remote)
     raise InputError(
         f"no artefact at {address!r}: give an address that `gemscope list` shows, a local folder, "
@@ -127,9 +133,7 @@ def _here(known: Entry, given: Given) -> Entry:
     folder = cached(known.remote)
     if folder is None:
         return known
-    entry = describe(
-        folder, address=known.address, given=given, known=known, remote=known.remote
-    )
+    entry = describe(folder, address=known.address, given=given, known=known, remote=known.remote)
     for what in ("reads", "writes"):
         if (said := getattr(entry, what)) != (meant := getattr(known, what)):
             raise InputError(

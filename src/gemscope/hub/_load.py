@@ -49,9 +49,7 @@ def build(entry: Entry, *, device: str = "cpu") -> "Dictionary":
 
     entry = obtain(entry)
     parts = formats.read(_folder(entry))
-    origin = Origin(
-        address=entry.address, model=entry.model, l0=entry.l0, licence=entry.licence
-    )
+    origin = Origin(address=entry.address, model=entry.model, l0=entry.l0, licence=entry.licence)
     many = isinstance(entry.reads, Sites)
     made = _cross_layer(entry, parts, origin) if many else _sae(entry, parts[0], origin)
     return made if device == "cpu" else made.to(device)
@@ -116,9 +114,7 @@ def _sae(entry: Entry, part: formats.Part, origin: "Origin") -> "SAE":
     return sae
 
 
-def _cross_layer(
-    entry: Entry, parts: tuple[formats.Part, ...], origin: "Origin"
-) -> "CrossLayer":
+def _cross_layer(entry: Entry, parts: tuple[formats.Part, ...], origin: "Origin") -> "CrossLayer":
     from gemscope.sae import CrossLayer, Layer
 
     assert isinstance(entry.reads, Sites)
@@ -136,6 +132,4 @@ def _cross_layer(
                 skip=part.skip,
             )
         )
-    return CrossLayer(
-        layers=tuple(layers), reads=entry.reads, writes=entry.writes, origin=origin
-    )
+    return CrossLayer(layers=tuple(layers), reads=entry.reads, writes=entry.writes, origin=origin)

@@ -137,4 +137,5 @@ def screens_pay(device: torch.device) -> bool:
     """Whether bfloat16 products are much faster than float32 ones on `device`."""
     if device.type != "cpu":
         return False  # not measured: float32 products are the safe answer there
-    return torch.cpu._is_avx512_bf16_supported()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in every version
+    return supported is not None and bool(supported())
