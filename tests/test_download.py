@@ -19,6 +19,8 @@ from loopback import Fault, Hub
 from gemscope import formats, hub, miniature
 from gemscope.errors import InputError
 
+pytestmark = pytest.mark.slow  # every case is a process of its own
+
 REPO, MODEL, OTHER = "google/gemma-scope-2-1b-pt", "google/gemma-3-1b-pt", "someone/dictionaries"
 SMALL, BARE, LARGE = (
     "resid_post/layer_22_width_16k_l0_small",

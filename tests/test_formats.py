@@ -1,9 +1,10 @@
-"""Gemma Scope 2's files: written and read exactly, and refused with a reason when damaged."""
+"""Gemma Scope 2's files of one layer: written and read exactly, and refused with a reason."""
 
 import json
 import math
 import struct
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from handmade import (
     drawn,
     facts,
     made,
+    meant,
+    only,
+    part_of,
     place,
     same,
     whole,
@@ -24,8 +28,11 @@ from handmade import (
 
 from gemscope import formats
 from gemscope.errors import InputError
+from gemscope.sites import Site, Stream
 
 pytestmark = pytest.mark.usefixtures("unchecked")
+
+SITE = Site(1, Stream.RESID_POST)
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -34,10 +41,9 @@ def test_what_is_written_is_read_back_exactly(tmp_path, generator, dtype, affine
     writes = {"type": "transcoder", "hf_hook_point_out": "model.layers.2.output"} if affine else {}
     config = facts(affine_connection=affine, **writes)
     tensors = drawn(generator, dtype, affine=affine)
-    formats.write(tmp_path / "new" / "a", config, tensors)
-    read_config, read = formats.read(tmp_path / "new" / "a")
-    assert read_config == config
-    assert same(read, tensors)
+    formats.write_gemma_scope_2(tmp_path / "new" / "a", config, [part_of(tensors)])
+    assert formats.read_config(tmp_path / "new" / "a") == config
+    assert same(only(tmp_path / "new" / "a"), tensors)
     assert json.loads((tmp_path / "new" / "a" / "config.json").read_text()) == asdict(config)
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["a"]
 
@@ -45,27 +51,47 @@ def test_what_is_written_is_read_back_exactly(tmp_path, generator, dtype, affine
 def test_the_type_must_fit_the_hooks(tmp_path, generator):
     tensors = drawn(generator, torch.float32, affine=False)
     for wrong in ({"type": "transcoder"}, {"hf_hook_point_out": "model.layers.2.output"}):
-        with pytest.raises(InputError, match="an sae writes where it reads, a transcoder not"):
-            formats.write(tmp_path / "a", facts(**wrong), tensors)
+        with pytest.raises(
+            InputError, match="an sae or crosscoder writes where it reads, a transcoder"
+        ):
+            formats.write_gemma_scope_2(tmp_path / "a", facts(**wrong), [part_of(tensors)])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_transposed_view_is_written_by_its_values(tmp_path, generator):
     tensors = drawn(generator, torch.float32, affine=False)
-    formats.write(tmp_path / "a", facts(), tensors | {"w_enc": tensors["w_enc"].T.clone().T})
-    assert same(formats.read(tmp_path / "a")[1], tensors)
+    turned = part_of(tensors | {"w_enc": tensors["w_enc"].T.clone().T})
+    formats.write_gemma_scope_2(tmp_path / "a", facts(), [turned])
+    assert same(only(tmp_path / "a"), tensors)
+
+
+def test_tensors_that_share_memory_are_written(tmp_path, generator):
+    tensors = drawn(generator, torch.float32, affine=False)
+    tied = part_of(tensors | {"threshold": tensors["b_enc"].abs_()})
+    formats.write_gemma_scope_2(tmp_path / "a", facts(), [tied])
+    assert torch.equal(only(tmp_path / "a")["threshold"], tensors["b_enc"])
+    assert torch.equal(only(tmp_path / "a")["b_enc"], tensors["b_enc"])
+
+
+def test_a_dictionary_without_thresholds_is_not_written(tmp_path, generator):
+    tensors = drawn(generator, torch.float32, affine=False) | {"threshold": None}
+    with pytest.raises(InputError, match="holds JumpReLU dictionaries only"):
+        formats.write_gemma_scope_2(tmp_path / "a", facts(), [part_of(tensors)])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_written_folder_is_readable_by_others(tmp_path, generator):
-    formats.write(tmp_path / "a", facts(), drawn(generator, torch.float32, affine=False))
+    tensors = drawn(generator, torch.float32, affine=False)
+    formats.write_gemma_scope_2(tmp_path / "a", facts(), [part_of(tensors)])
     assert all(f.stat().st_mode & 0o044 == 0o044 for f in (tmp_path / "a").iterdir())
 
 
 def test_write_leaves_an_existing_folder_alone(tmp_path, generator):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine").write_text("x")
+    part = part_of(drawn(generator, torch.float32, affine=False))
     with pytest.raises(InputError, match="exists; choose another folder"):
-        formats.write(tmp_path / "a", facts(), drawn(generator, torch.float32, affine=False))
+        formats.write_gemma_scope_2(tmp_path / "a", facts(), [part])
     assert [f.name for f in tmp_path.rglob("*")] == ["a", "mine"]
 
 
@@ -80,34 +106,69 @@ def test_write_leaves_an_existing_folder_alone(tmp_path, generator):
     ],
 )
 def test_a_failed_write_leaves_nothing_behind(tmp_path, generator, config, tensors, match):
-    with pytest.raises(InputError, match=match):
-        formats.write(
-            tmp_path / "a",
-            facts(**config),
-            drawn(generator, torch.float32, affine=False) | tensors,
-        )
+    part = part_of(drawn(generator, torch.float32, affine=False) | tensors)
+    with pytest.raises(InputError, match=match) as refused:
+        formats.write_gemma_scope_2(tmp_path / "a", facts(**config), [part])
+    # What is told is the folder that was asked for, not the one it was prepared in.
+    assert str(tmp_path / "a") in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, generator):
     (tmp_path / "file").write_text("")
+    part = part_of(drawn(generator, torch.float32, affine=False))
     with pytest.raises(InputError, match="file/a cannot be written"):
-        formats.write(
-            tmp_path / "file" / "a", facts(), drawn(generator, torch.float32, affine=False)
-        )
+        formats.write_gemma_scope_2(tmp_path / "file" / "a", facts(), [part])
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_a_file_made_by_hand_is_read_right(tmp_path, dtype):
     header, data = made(dtype=dtype)
     folder = place(tmp_path / "a", whole({"__metadata__": {"by": "hand"}} | header, data))
-    config, tensors = formats.read(folder)
-    assert asdict(config) == CONFIG
-    wanted = {n: torch.tensor(v).reshape(s).to(DTYPES[dtype]) for n, (s, v) in VALUES.items()}
-    assert same(tensors, wanted)
-    assert formats.read_shapes(folder) == {
+    assert asdict(formats.read_config(folder)) == CONFIG
+    assert same(only(folder), meant(dtype=DTYPES[dtype]))
+    said = formats.inspect(folder)
+    assert said == formats.Facts(
+        layout="gemma-scope-2",
+        kind="sae",
+        d_in=2,
+        d_sae=3,
+        d_out=2,
+        affine=False,
+        activation="jumprelu",
+        dtype={"F32": "float32", "BF16": "bfloat16"}[dtype],
+        files=(folder / "params.safetensors",),
+        shapes={n: tuple(s) for n, (s, _) in VALUES.items()},
+        reads=SITE,
+        writes=SITE,
+        model="some/model",
+        l0=2.0,
+    )
+    assert formats.read_header(folder / "params.safetensors") == {
         n: formats.TensorInfo(dtype, tuple(s)) for n, (s, _) in VALUES.items()
     }
+
+
+def test_a_folder_without_a_config_is_read_and_says_less(tmp_path):
+    folder = place(tmp_path / "a")
+    before = formats.inspect(folder)
+    (folder / "config.json").unlink()
+    assert same(only(folder), meant())
+    unknown = {"kind": None, "reads": None, "writes": None, "model": None, "l0": None}
+    assert formats.inspect(folder) == replace(before, **unknown)
+
+
+def test_a_skip_connection_is_read(tmp_path):
+    values = VALUES | {SKIP: ([2, 2], [1.0, 2.0, 3.0, 4.0])}
+    config = CONFIG | {
+        "affine_connection": True, "type": "transcoder",
+        "hf_hook_point_out": "model.layers.2.output",
+    }  # fmt: skip
+    folder = place(tmp_path / "a", whole(*made(values)), config)
+    assert same(only(folder), meant(values))
+    said = formats.inspect(folder)
+    assert (said.affine, said.kind) == (True, "transcoder")
+    assert (said.reads, said.writes) == (SITE, Site(2, Stream.RESID_POST))
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):
@@ -115,20 +176,20 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
     for length in range(len(sound)):
         (folder / "params.safetensors").write_bytes(sound[:length])
         with pytest.raises(InputError, match="cut short"):
-            formats.read(folder)
+            only(folder)
 
 
 @pytest.mark.parametrize("length", [0, 1, 10_000, 2**40, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_is_refused(tmp_path, length):
     folder = place(tmp_path / "a", struct.pack("<Q", length) + whole(*made())[8:])
     with pytest.raises(InputError, match="not a safetensors file, or it is cut short"):
-        formats.read(folder)
+        only(folder)
 
 
 def test_bytes_after_the_last_tensor_are_refused(tmp_path):
     folder = place(tmp_path / "a", whole(*made()) + b"\0")
     with pytest.raises(InputError, match="where its header promises"):
-        formats.read(folder)
+        only(folder)
 
 
 def test_a_header_that_claims_a_terabyte_is_refused_at_once(tmp_path):
@@ -137,7 +198,7 @@ def test_a_header_that_claims_a_terabyte_is_refused_at_once(tmp_path):
     begin, _ = header[last]["data_offsets"]
     header[last] |= {"shape": [2**38], "data_offsets": [begin, begin + 2**40]}
     with pytest.raises(InputError, match=r"its header promises 10995\d{8}: it is cut short"):
-        formats.read(place(tmp_path / "a", whole(header, data)))
+        only(place(tmp_path / "a", whole(header, data)))
 
 
 @pytest.mark.parametrize(
@@ -151,12 +212,17 @@ def test_a_header_that_claims_a_terabyte_is_refused_at_once(tmp_path):
         b'{"w_enc": 5}',
         b'{"w_enc": [1, 2]}',
         b'{"w_enc": {"dtype": "F32", "shape": [1]}}',
+        json.dumps(made()[0]).encode().replace(b"b_dec", b"b_enc"),
+        json.dumps(made()[0]).encode().replace(b"b_dec", b"b\\ndec"),
+        json.dumps(made()[0]).encode().replace(b"b_dec", b"b\\ud800dec"),
+        json.dumps(made()[0]).encode().replace(b"b_dec", b"b" * 1_000),
     ],
-    ids=["text", "list", "number", "deep", "utf-16", "scalar", "array", "no offsets"],
-)
+    ids=["text", "list", "number", "deep", "utf-16", "scalar", "array", "no offsets",
+         "a name twice", "a line break", "half a character", "a long name"],
+)  # fmt: skip
 def test_a_header_of_another_form_is_refused(tmp_path, header):
     with pytest.raises(InputError, match=r"the header of .* cannot be read"):
-        formats.read(place(tmp_path / "a", whole(header, made()[1])))
+        only(place(tmp_path / "a", whole(header, made()[1])))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +246,24 @@ def test_a_tensor_that_is_not_its_bytes_is_refused(tmp_path, change):
     header, data = made()
     header["b_enc"] |= change
     with pytest.raises(InputError, match=r"the header of .* cannot be read"):
-        formats.read(place(tmp_path / "a", whole(header, data)))
+        only(place(tmp_path / "a", whole(header, data)))
+
+
+def test_a_shape_that_takes_for_ever_to_multiply_is_refused_at_once(tmp_path):
+    header, data = made()
+    header["b_enc"]["shape"] = [10**4_000] * 900
+    began = time.perf_counter()
+    with pytest.raises(InputError, match=r"the header of .* cannot be read"):
+        only(place(tmp_path / "a", whole(header, data)))
+    # Multiplied out, it takes half a minute.
+    assert time.perf_counter() - began < 5
+
+
+def test_a_header_larger_than_any_dictionary_has_is_refused(tmp_path):
+    header, data = made()
+    header["__metadata__"] = {"note": "x" * 2**22}
+    with pytest.raises(InputError, match="not a safetensors file, or it is cut short"):
+        only(place(tmp_path / "a", whole(header, data)))
 
 
 @pytest.mark.parametrize("shift", [-12, -4, 4, 12])
@@ -189,20 +272,20 @@ def test_tensors_that_overlap_or_leave_gaps_are_refused(tmp_path, shift):
     offsets = header["threshold"]["data_offsets"]
     header["threshold"]["data_offsets"] = [n + shift for n in offsets]
     with pytest.raises(InputError, match="overlap or leave gaps"):
-        formats.read(place(tmp_path / "a", whole(header, data)))
+        only(place(tmp_path / "a", whole(header, data)))
 
 
 @pytest.mark.parametrize("name", list(VALUES))
 def test_a_missing_tensor_is_named(tmp_path, name):
     header, data = made({n: v for n, v in VALUES.items() if n != name})
     with pytest.raises(InputError, match=f"lacks {name}; it has"):
-        formats.read(place(tmp_path / "a", whole(header, data)))
+        only(place(tmp_path / "a", whole(header, data)))
 
 
 def test_an_unknown_tensor_is_named_with_the_nearest_known(tmp_path):
     header, data = made(VALUES | {"thresholds": ([3], [0.0, 0.0, 0.0])})
     with pytest.raises(InputError, match="unknown tensor 'thresholds'; nearest: threshold"):
-        formats.read(place(tmp_path / "a", whole(header, data)))
+        only(place(tmp_path / "a", whole(header, data)))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +304,7 @@ def test_an_unknown_tensor_is_named_with_the_nearest_known(tmp_path):
 def test_shapes_that_contradict_each_other_are_told(tmp_path, name, shape, match):
     header, data = made(VALUES | {name: (shape, [0.0] * math.prod(shape))})
     with pytest.raises(InputError, match=match):
-        formats.read(place(tmp_path / "a", whole(header, data)))
+        only(place(tmp_path / "a", whole(header, data)))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("I32", 4), ("U8", 1), ("F64", 8)])
@@ -230,13 +313,13 @@ def test_weights_of_another_type_are_refused(tmp_path, dtype, size):
     offsets = [len(data), len(data) + 3 * size]
     header["b_enc"] = {"dtype": dtype, "shape": [3], "data_offsets": offsets}
     with pytest.raises(InputError, match=f"b_enc is {dtype}, not F32, BF16 or F16"):
-        formats.read(place(tmp_path / "a", whole(header, data + bytes(3 * size))))
+        only(place(tmp_path / "a", whole(header, data + bytes(3 * size))))
 
 
 def test_a_width_that_is_not_the_weights_is_refused(tmp_path):
     folder = place(tmp_path / "a", config=CONFIG | {"width": 4})
     with pytest.raises(InputError, match="says width 4, the weights are 3 wide"):
-        formats.read(folder)
+        only(folder)
 
 
 @pytest.mark.parametrize("claimed", [False, True])
@@ -245,7 +328,7 @@ def test_a_skip_connection_is_there_exactly_when_claimed(tmp_path, claimed):
     folder = place(tmp_path / "a", whole(*made(values)), CONFIG | {"affine_connection": claimed})
     has = "has no" if claimed else "has"
     with pytest.raises(InputError, match=f"affine_connection {claimed}, .* {has} {SKIP}"):
-        formats.read(folder)
+        only(folder)
 
 
 @pytest.mark.parametrize("name", list(VALUES))
@@ -254,100 +337,16 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, name, number):
     shape, numbers = VALUES[name]
     values = VALUES | {name: (shape, [*numbers[:-1], number])}
     with pytest.raises(InputError, match=f"{name} holds NaN or infinity"):
-        formats.read(place(tmp_path / "a", whole(*made(values))))
+        only(place(tmp_path / "a", whole(*made(values))))
+
+
+def test_numbers_as_large_as_they_come_are_read(tmp_path):
+    largest = 3.4028234663852886e38
+    values = VALUES | {"w_enc": ([2, 3], [largest, -largest, 1.0, 2.0, 3.0, 1e-45])}
+    assert same(only(place(tmp_path / "a", whole(*made(values)))), meant(values))
 
 
 def test_a_negative_threshold_is_refused(tmp_path):
     values = VALUES | {"threshold": ([3], [1.0, -0.001, 1.0])}
     with pytest.raises(InputError, match="threshold has negative entries"):
-        formats.read(place(tmp_path / "a", whole(*made(values))))
-
-
-@pytest.mark.parametrize("name", ["config.json", "params.safetensors"])
-def test_a_missing_file_is_named(tmp_path, name):
-    folder = place(tmp_path / "a")
-    (folder / name).unlink()
-    with pytest.raises(InputError, match=name):
-        formats.read(folder)
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        (b"", "cannot be read as JSON"),
-        (b"{", "cannot be read as JSON"),
-        (b"\xff\xfe", "cannot be read as JSON"),
-        (b"[" * 50_000, "cannot be read as JSON"),
-        (b"[]", "holds list, not an object"),
-        (b"null", "holds NoneType, not an object"),
-        (b"{}", "lacks affine_connection, architecture, .*, width"),
-    ],
-)
-def test_a_config_that_is_not_an_object_is_refused(tmp_path, text, match):
-    folder = place(tmp_path / "a")
-    (folder / "config.json").write_bytes(text)
-    with pytest.raises(InputError, match=match):
-        formats.read_config(folder)
-
-
-@pytest.mark.parametrize("name", list(CONFIG))
-def test_a_missing_key_is_named(tmp_path, name):
-    config = {n: v for n, v in CONFIG.items() if n != name}
-    with pytest.raises(InputError, match=f"lacks {name}$"):
-        formats.read_config(place(tmp_path / "a", config=config))
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"width": "3"}, "width is '3', not int"),
-        ({"width": 3.0}, "width is 3.0, not int"),
-        ({"width": True}, "width is True, not int"),
-        ({"width": False}, "width is False, not int"),
-        ({"width": None}, "width is None, not int"),
-        ({"l0": "2"}, "l0 is '2', not float"),
-        ({"l0": True}, "l0 is True, not float"),
-        ({"l0": False}, "l0 is False, not float"),
-        ({"l0": [2]}, r"l0 is \[2\], not float"),
-        ({"l0": 0}, "l0 is 0, not between 0 and width 3"),
-        ({"l0": -1.0}, "l0 is -1.0, not between"),
-        ({"l0": 4}, "l0 is 4, not between"),
-        ({"l0": math.nan}, "l0 is nan, not between"),
-        ({"l0": math.inf}, "l0 is inf, not between"),
-        ({"affine_connection": 0}, "affine_connection is 0, not bool"),
-        ({"affine_connection": "false"}, "affine_connection is 'false', not bool"),
-        ({"model_name": 3}, "model_name is 3, not str"),
-        ({"model_name": None}, "model_name is None, not str"),
-        ({"hf_hook_point_in": ["x"]}, "hf_hook_point_in is .*, not str"),
-        ({"type": "crosscoder"}, "type 'crosscoder' is not one of sae, transcoder"),
-        ({"architecture": "topk"}, "architecture 'topk' is not jump_relu"),
-    ],
-)
-def test_a_value_of_the_wrong_kind_is_named(tmp_path, change, match):
-    with pytest.raises(InputError, match=match):
-        formats.read_config(place(tmp_path / "a", config=CONFIG | change))
-
-
-def test_a_whole_number_serves_as_l0_and_other_keys_are_left_out(tmp_path):
-    folder = place(tmp_path / "a", config=CONFIG | {"l0": 2, "note": "hello"})
-    config = formats.read_config(folder)
-    assert asdict(config) == CONFIG
-    assert type(config.l0) is float
-
-
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("gemma-v3-1b-pt", "google/gemma-3-1b-pt"),
-        ("gemma-v3-27b-it", "google/gemma-3-27b-it"),
-        ("gemma-3-4b-it", "google/gemma-3-4b-it"),
-        ("google/gemma-3-12b-pt", "google/gemma-3-12b-pt"),
-        ("gemma-v3-270m-pt", "google/gemma-3-270m"),
-        ("google/gemma-3-270m-pt", "google/gemma-3-270m"),
-        ("gemma-v3-270m-it", "google/gemma-3-270m-it"),
-        ("someone/my-gemma-3-1b-pt", "someone/my-gemma-3-1b-pt"),
-    ],
-)
-def test_the_model_is_called_by_its_name_on_the_hub(tmp_path, written, meant):
-    folder = place(tmp_path / "a", config=CONFIG | {"model_name": written})
-    assert formats.read_config(folder).model_name == meant
+        only(place(tmp_path / "a", whole(*made(values))))

@@ -141,6 +141,7 @@ def test_a_signal_loses_nothing(tmp_path, signum):
         assert torch.equal(value, weights(tmp_path / "parts" / "artefact")[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(Path("configs").rglob("*.yaml")), ids=str)
 def test_shipped_configs_are_valid_and_pass_their_smoke_test(file, miniature, tmp_path):
     chosen = read_config(file, [f"out={tmp_path / 'run'}"])

@@ -1,11 +1,13 @@
 """The dictionary as a function: against float64, by hand, and by laws."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from gemscope.errors import InputError
 from gemscope.sae import SAE, BatchTopK, JumpReLU, ReLU, SparseFeatures, TopK
-from gemscope.sae import _sae as module
+from gemscope.sae import _encode as module
 from gemscope.sites import Site
 
 HERE = Site.parse("0.resid_post")
@@ -80,12 +82,13 @@ def test_decode_against_float64(dtype, skip):
     assert ((got.double() - expected).abs() <= terms * 2**-24 * sums).all()
 
 
-def test_chunks_do_not_change_the_answer(monkeypatch):
+def test_tiles_do_not_change_the_answer(monkeypatch):
     for activation in (None, ReLU(), TopK(7), BatchTopK(7)):
         sae, x = made(activation), inputs(37)
         _, bound = double(sae, x)
         whole = sae.encode(x)
-        monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * D_SAE * 5)
+        monkeypatch.setattr(module, "_TILE_STEP", 16)
+        monkeypatch.setattr(module, "_TILE_BYTES", 0)
         parts = sae.encode(x)
         monkeypatch.undo()
         assert torch.equal(whole.offsets, parts.offsets)
@@ -101,7 +104,7 @@ def test_top_k_keeps_the_k_largest_and_no_negative_one():
     assert (features.counts <= 7).all()
     for row, pairs in zip(pre, features.top(7), strict=True):
         assert [i for i, _ in pairs] == row.topk(7).indices[row.topk(7).values > 0].tolist()
-    negative = SAE(**(vars(sae) | {"b_enc": sae.b_enc - 1e6}))
+    negative = replace(sae, b_enc=sae.b_enc - 1e6)
     assert negative.encode(x).indices.numel() == 0
 
 
@@ -133,9 +136,12 @@ def test_leading_axes_are_flattened_in_order_and_given_back():
 
 
 def test_no_token_and_no_feature_are_no_trouble():
+    for activation in (None, ReLU(), TopK(7), BatchTopK(7)):
+        features = made(activation).encode(inputs(0))
+        assert (features.n_tokens, features.indices.numel()) == (0, 0)
+        assert made(activation).reconstruct(inputs(0)).shape == (0, D_OUT)
     sae = made()
-    assert sae.encode(inputs(0)).n_tokens == 0
-    silent = SAE(**(vars(sae) | {"b_enc": sae.b_enc - 1e6}))
+    silent = replace(sae, b_enc=sae.b_enc - 1e6)
     assert torch.equal(silent.reconstruct(inputs(2)), sae.b_dec.expand(2, -1))
 
 
@@ -145,12 +151,43 @@ def test_a_skip_connection_is_never_dropped():
         sae.decode(sae.encode(x))
 
 
+def test_few_features_are_the_rows_and_columns_of_the_whole():
+    for dtype in (torch.float32, torch.bfloat16):
+        sae, x, chosen = made(dtype=dtype, skip=True), inputs(), [7, 199, 0, 7]
+        some, dense = sae.only(chosen), sae.encode(x).dense()
+        assert (some.d_sae, some.d_in, some.d_out) == (4, D_IN, D_OUT)
+        pre, bound = double(sae, x)
+        got = sae.pre_activations(x, chosen)
+        assert got.dtype == torch.float32
+        assert ((got.double() - pre[:, chosen]).abs() <= bound[:, chosen]).all()
+        above = pre - sae.activation.threshold.double()
+        decided = (above.abs() > bound)[:, chosen]
+        off = (some.encode(x).dense() - dense[:, chosen]).abs().double()
+        assert decided.double().mean() > 0.99
+        assert (off <= 2 * bound[:, chosen])[decided].all()
+        assert torch.equal(sae.rows(chosen), sae.w_dec[chosen].float()[:, None])
+        # Skip and biases are the whole dictionary's.
+        others = [i for i in range(D_SAE) if i not in chosen]
+        kept = SparseFeatures.from_dense(dense.index_fill(1, torch.tensor(others), 0.0))
+        once = sae.only([7, 199, 0])
+        torch.testing.assert_close(once.reconstruct(x), sae.decode(kept, x))
+
+
+def test_what_few_features_there_are_is_told():
+    for wrong in ([], [200], [-1]):
+        for ask in (made().only, made().rows, lambda f: made().pre_activations(inputs(), f)):
+            with pytest.raises(InputError, match=r"this dictionary has features 0 to 199"):
+                ask(wrong)
+    with pytest.raises(InputError, match="taken out of JumpReLU dictionaries only"):
+        made(TopK(7)).only([1])
+
+
 def test_wrong_widths_are_told(unchecked):
     with pytest.raises(InputError, match="width 3 for a dictionary that reads 24"):
         made().encode(torch.zeros(2, 3))
     with pytest.raises(InputError, match=r"features of width 3 for a dictionary of 200"):
         made().decode(SparseFeatures.from_dense(torch.ones(2, 3)))
     with pytest.raises(InputError, match=r"b_enc is \[3\], not \[200\]"):
-        SAE(**(vars(made()) | {"b_enc": torch.zeros(3)}))
+        replace(made(), b_enc=torch.zeros(3))
     with pytest.raises(InputError, match=r"threshold is \[4\], not \[200\]"):
         made(JumpReLU(torch.zeros(4)))

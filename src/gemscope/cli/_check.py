@@ -23,7 +23,10 @@ def check_command(
     writes: Writes = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:  # fmt: skip
-    """Check that an artefact does what its makers published; exit code 1 if it does not."""
+    """Check an artefact against what was published.
+
+    The exit code is 1 if it does not fit.
+    """
     from gemscope import corpus, formats, hub
     from gemscope import evaluate as ev
     from gemscope.lm import load_model

@@ -34,7 +34,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports"),
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, at most.")] = _TOKENS,
 ) -> None:
-    """Evaluate the bundled dictionaries on the bundled model, offline, and look at one."""
+    """Evaluate the bundled dictionaries, offline, and look at one."""
     from gemscope import features, hub
     from gemscope.evaluate import Settings
 

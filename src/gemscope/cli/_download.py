@@ -23,7 +23,7 @@ def download(
     examples: Annotated[bool, typer.Option("--examples", help="The file of activating texts as well.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")] = False,
 ) -> None:  # fmt: skip
-    """Download dictionaries; run it again to go on after an interruption."""
+    """Download artefacts; run it again to go on."""
     from gemscope import hub
 
     if to is not None and to.exists() and not to.is_dir():

@@ -36,7 +36,7 @@ def evaluate_command(
     out: Annotated[Path, typer.Option(help="Folder of the reports.")] = Path("reports"),
     json: Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")] = False,
 ) -> None:  # fmt: skip
-    """Evaluate dictionaries spliced into their model, and write a report."""
+    """Evaluate dictionaries in their model; write a report."""
     from gemscope.evaluate import Settings
 
     if text is not None and dataset is not None:

@@ -18,7 +18,7 @@ def info(
     model: Annotated[str | None, typer.Option(help="Its model, if its files do not say.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:  # fmt: skip
-    """Show what is known of an artefact, without loading its weights."""
+    """Show what is known of an artefact."""
     from gemscope import hub
 
     facts = _facts(hub.locate(address, given(reads, writes, model), download=False))

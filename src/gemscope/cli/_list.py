@@ -28,7 +28,7 @@ def list_command(
     all_: Annotated[bool, typer.Option("--all", help=f"Print all that fit, not the first {_SHOWN}.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON list of all that fit.")] = False,
 ) -> None:  # fmt: skip
-    """List the artefacts that load by address; without a filter, the releases."""
+    """List artefacts by address, or their releases."""
     from gemscope.hub import catalog
 
     stream, layer = _stream(site, layer)
@@ -61,10 +61,10 @@ def list_command(
 
 def _print(found: list["Entry"]) -> None:
     width = max(len(entry.address) for entry in found)
-    sites = max(len(f"{e.reads!s}{e.writes!s}") for e in found) + 3
+    shown = [str(e.reads) if e.reads == e.writes else f"{e.reads} > {e.writes}" for e in found]
+    sites = max(map(len, shown))
     print(f"{'address':<{width}}  {'kind':<10}  {'site':<{sites}}  {'features':>9}  {'L0':>5}")
-    for e in found:
-        where = str(e.reads) if e.reads == e.writes else f"{e.reads} > {e.writes}"
+    for e, where in zip(found, shown, strict=True):
         l0 = "?" if e.l0 is None else f"{e.l0:g}"
         print(f"{e.address:<{width}}  {e.kind:<10}  {where:<{sites}}  {e.d_sae:>9,}  {l0:>5}")
 

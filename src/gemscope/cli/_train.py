@@ -18,7 +18,7 @@ def train_command(
     smoke_test: Annotated[bool, typer.Option("--smoke-test", help="The whole path in thirty small steps.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Insist on going on from a checkpoint.")] = False,
 ) -> None:  # fmt: skip
-    """Train a dictionary; rerun the command to go on after an interruption."""
+    """Train a dictionary; run it again to go on."""
     from gemscope import train
 
     chosen = train.read_config(config, set_)

@@ -32,6 +32,7 @@ from ._facts import (
     size_of,
 )
 from ._foreign import agreeing, chosen_k, hub_name, less_bias
+from ._zip import opened_zip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,8 +213,8 @@ def _load(weights: Path) -> "dict[str, Tensor]":
 
 def _checked_zip(weights: Path) -> int:
     """Bytes of tensors in `weights`, after checking its directory against its size."""
+    size = size_of(weights)
     try:
-        size = size_of(weights)
         with zipfile.ZipFile(weights) as archive:
             infos = archive.infolist()
     except OSError as error:
@@ -235,6 +236,9 @@ def _checked_zip(weights: Path) -> int:
             )
     if sum(info.file_size for info in infos) > size:
         raise InputError(f"{weights} claims more than its {size:,} bytes: get the file again")
+    # torch maps each member from where its own header puts it: that has to be where it is listed.
+    with opened_zip(weights):
+        pass
     return sum(i.file_size for i in infos if re.search(r"/data/\d+$", i.filename))
 
 

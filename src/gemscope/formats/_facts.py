@@ -96,9 +96,10 @@ def shown(value: object) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """`names` for a sentence, however many there are."""
-    first = sorted(names)
-    rest = len(first) - _MOST_NAMES
-    return ", ".join(first[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "") or "nothing"
+    known = sorted(names)
+    plain = [n if n.isprintable() and len(n) <= 80 else shown(n) for n in known[:_MOST_NAMES]]
+    rest = len(known) - len(plain)
+    return ", ".join(plain) + (f" and {rest} more" if rest else "") or "nothing"
 
 
 def read_json(file: Path) -> dict[str, Any]:

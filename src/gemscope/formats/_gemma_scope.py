@@ -6,8 +6,6 @@ Some copies write the names in lower case, some add a `scaling_factor` of ones, 
 are no weights.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from gemscope.errors import InputError, did_you_mean
 
 from ._facts import DTYPES, Facts, Part, checked_shapes, checked_values, is_there, listed
 from ._npz import Member, check_loadable, map_tensor, read_members
+from ._writing import new_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,26 +74,10 @@ def write(folder: Path, part: Part) -> None:
     tensors: dict[str, Tensor] = {
         shown: getattr(part, name) for shown, name in zip(_PUBLISHED, _NAMES, strict=True)
     }
-    if folder.exists():
-        raise InputError(f"{folder} exists; choose another folder or remove it")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as held:
-            made = Path(held) / folder.name
-            made.mkdir()
-            arrays: dict[str, Any] = {
-                n: t.detach().cpu().float().numpy() for n, t in tensors.items()
-            }
-            # Before numpy 2.1, allow_pickle=False would be one more array.
-            np.savez(made / PARAMETERS, **arrays)
-            try:
-                read(made)
-            except InputError as error:
-                # The folder it is about will be gone.
-                raise InputError(str(error).replace(str(made), str(folder))) from None
-            os.replace(made, folder)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error}") from None
+    arrays: dict[str, Any] = {n: t.detach().cpu().float().numpy() for n, t in tensors.items()}
+    with new_folder(folder, read) as made:
+        # Before numpy 2.1, allow_pickle=False would be one more array.
+        np.savez(made / PARAMETERS, **arrays)
 
 
 def _members(folder: Path) -> dict[str, Member]:

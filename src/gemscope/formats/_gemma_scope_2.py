@@ -9,9 +9,7 @@ weights are folded: raw activations go in. Some published folders lack the confi
 """
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +32,7 @@ from ._facts import (
 )
 from ._safetensors import TensorInfo, read_header
 from ._safetensors_read import map_tensors
+from ._writing import new_folder, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,31 +140,13 @@ def read_config(folder: Path) -> Config:
 
 def write(folder: Path, config: Config, parts: Sequence[Part]) -> None:
     """Write an artefact's folder; it appears whole or not at all. Several parts are layers."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    if folder.exists():
-        raise InputError(f"{folder} exists; choose another folder or remove it")
     names = [PARAMETERS] if parts[0].w_dec.ndim == 2 else [
         f"params_layer_{i}.safetensors" for i in range(len(parts))
     ]  # fmt: skip
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as held:
-            made = Path(held) / folder.name
-            made.mkdir()
-            for name, part in zip(names, parts, strict=True):
-                save_file(_tensors(part), made / name)
-                (made / name).chmod(0o644)  # the library makes it its owner's alone
-            (made / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", "utf-8")
-            try:
-                read(made)
-            except InputError as error:
-                # The folder it is about will be gone.
-                raise InputError(str(error).replace(str(made), str(folder))) from None
-            os.replace(made, folder)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be written: {error}") from None
+    with new_folder(folder, read) as made:
+        for name, part in zip(names, parts, strict=True):
+            write_tensors(made / name, _tensors(part))
+        (made / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", "utf-8")
 
 
 def _part(tensors: "Mapping[str, Tensor]") -> Part:
@@ -183,15 +164,7 @@ def _tensors(part: Part) -> dict[str, "Tensor"]:
     if part.threshold is None:
         raise InputError(f"the {NAME} layout holds JumpReLU dictionaries only")
     named = {name: getattr(part, name) for name in _NAMES}
-    if part.skip is not None:
-        named[_SKIP] = part.skip
-    made: dict[str, Tensor] = {}
-    for name, given in named.items():
-        tensor = given.detach().cpu().contiguous()
-        # The library refuses to write memory that two tensors share, tied biases say.
-        shared = {t.untyped_storage().data_ptr() for t in made.values()}
-        made[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in shared else tensor
-    return made
+    return named if part.skip is None else named | {_SKIP: part.skip}
 
 
 def _infos(file: Path) -> dict[str, TensorInfo]:
@@ -324,7 +297,7 @@ def _check_causal(file: Path, part: Part, place: int) -> None:
     before, whole = sum(energy[:place]), sum(energy)
     if before > _ANTI_CAUSAL * whole:
         raise InputError(
-            f"{file}: {100 * before / whole:.2g}% of the decoder writes to layers before its own; "
+            f"{file}: {100 * before / whole:.3g}% of the decoder writes to layers before its own; "
             "axis 1 of w_dec must be the layer written, counted over all layers"
         )
 

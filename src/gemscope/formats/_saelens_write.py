@@ -1,8 +1,6 @@
 """Writing SAELens' layout, so that SAELens loads the folder as one of its own."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from gemscope.sites import Site, Stream, transformer_lens_hook
 
 from ._facts import Part
 from ._saelens import CONFIG, NAMES, PARAMETERS, SKIP, THRESHOLD, read
+from ._writing import new_folder, write_tensors
 
 _FORM = "6.0.0"
 """The version of SAELens that began to write configurations in this form."""
@@ -25,32 +24,15 @@ def write(folder: Path, part: Part, *, reads: Site, writes: Site, model: str | N
         InputError: SAELens has no dictionary of this kind, or the folder exists or cannot be
             written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     config = _config(part, reads, writes, model)
-    if folder.exists():
-        raise InputError(f"{folder} exists; choose another folder or remove it")
     tensors = {name: getattr(part, name.lower()) for name in NAMES}
     if part.threshold is not None:
         tensors[THRESHOLD] = part.threshold.float()
     if part.skip is not None:
         tensors[SKIP] = part.skip.T
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as held:
-            made = Path(held) / folder.name
-            made.mkdir()
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-                made / PARAMETERS,
-            )
-            (made / PARAMETERS).chmod(0o644)  # the library makes it its owner's alone
-            (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-            read(made)
-            os.replace(made, folder)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be written: {error}") from None
+    with new_folder(folder, read) as made:
+        write_tensors(made / PARAMETERS, tensors)
+        (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _config(part: Part, reads: Site, writes: Site, model: str | None) -> dict[str, Any]:

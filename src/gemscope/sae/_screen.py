@@ -66,13 +66,15 @@ class Screen:
         threshold: Float[Tensor, " width"],
     ) -> "Screen":
         """The screen of a tile of `w_enc`."""
-        weights = w_enc.T.contiguous().float()
+        # A copy of the rows first: transposing is far slower out of a wide matrix.
+        weights = w_enc.contiguous().T.contiguous().float()
         low = weights.bfloat16()
         slack = 2 * _sum_error(weights.shape[1]) + 2**-15
         lift = bias + bias.abs() * slack - threshold * (1 - slack)
         lift = lift.clamp(-_LARGEST, _LARGEST)
         head = lift.bfloat16()
-        columns = (_up(_lengths(weights)), _up(_lengths(weights - low.float())), head, lift - head)
+        lost = low.float().sub_(weights)
+        columns = (_up(_lengths(weights)), _up(_lengths(lost)), head, lift - head)
         return cls(weights, bias, _padded(low, columns))
 
     def entries(
@@ -93,14 +95,14 @@ def lowered(x: Float[Tensor, "n_tokens d_in"]) -> BFloat16[Tensor, "n_tokens d_l
     low = x.bfloat16()
     # Three sums err: the screen's own, the float32 one it stands for, and the margin's.
     sums, ones = 3 * _sum_error(x.shape[1]), x.new_ones(len(x))
-    margin = _lengths(x - low.float()) + sums * _lengths(x)
+    margin = _lengths(low.float().sub_(x)) + sums * _lengths(x)
     return _padded(low, (_up(margin), _up(_lengths(low.float()) * (1 + sums)), ones, ones))
 
 
 def _lengths(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """Lengths of `rows` as no smaller than they are, but for float32's last digits."""
-    lost = rows.shape[1] ** 0.5 * 2.0**-63  # where squares fall below float32's range
-    return rows.norm(dim=1) + lost * (rows.norm(torch.inf, dim=1) > 0)
+    """Lengths of `rows`, no smaller than they are but for float32's last digits."""
+    # Squares below float32's range are lost.
+    return rows.norm(dim=1) + rows.shape[1] ** 0.5 * 2.0**-63
 
 
 def _up(column: Tensor) -> Tensor:
