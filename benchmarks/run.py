@@ -41,6 +41,7 @@ def startup() -> Iterator[dict]:
         "python -c 'import gemscope' beyond python": ("-c", "import gemscope"),
         "gemscope --help": ("-m", "gemscope", "--help"),
         "gemscope list --json": ("-m", "gemscope", "list", "--json"),
+        "gemscope list --kind clt": ("-m", "gemscope", "list", "--kind", "clt"),
     }
     for command, arguments in cases.items():
         seconds = whole_process(*arguments)
@@ -220,7 +221,31 @@ print(json.dumps({{
         }
 
 
-THEMES = {"startup": startup, "demo": demo, "dictionary": dictionary, "peer": peer}
+def wide() -> Iterator[dict]:
+    """A million features out of a file, encoded: time, and memory beyond the page cache.
+
+    The file is the one that `tests/test_wide.py` makes: sparse on the disk, whole when read.
+    """
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from test_wide import N_TOKENS, checked
+
+    d_in, d_sae = 2_304, 1_048_576
+    for dtype in ("BF16", "F32"):
+        with tempfile.TemporaryDirectory() as folder:
+            told = checked(Path(folder), d_in, d_sae, dtype, most=3e9)
+        opened, encoded, decoded = told["took"]
+        yield {
+            "command": f"encode {N_TOKENS} tokens, {d_in} x {d_sae} {dtype}, mapped from a file",
+            "seconds": encoded,
+            "tokens": N_TOKENS,
+            "open_seconds": opened,
+            "decode_seconds": decoded,
+            "anonymous_bytes": told["peak"],
+            "anonymous_bytes_before": told["before"],
+        }
+
+
+THEMES = {"wide": wide, "startup": startup, "demo": demo, "dictionary": dictionary, "peer": peer}
 
 
 def hardware() -> str:

@@ -25,6 +25,7 @@ def screened(patch, *, tile=256, many=2.0):
     """Every encoding goes through the screen, on any processor, in tiles of `tile` features."""
     patch.setattr(module, "screens_pay", lambda device: True)
     patch.setattr(module, "_FEW", 1)
+    patch.setattr(module, "_FEW_ANEW", 1)
     patch.setattr(module, "_TILE_BYTES", 0)
     patch.setattr(module, "_TILE_STEP", tile)
     patch.setattr(screening, "_MANY", many)
@@ -360,7 +361,7 @@ def test_screens_are_kept_for_any_number_of_tokens_and_within_bounds(generator, 
         checked(encoder.encode(x[:n]), x[:n], w, b, t)
     tiles = len(made)
     assert tiles == len(encoder._screens) > 1
-    held = sum(s.n_bytes for s in encoder._screens.values())
+    held = sum(s.weights.nbytes + s.low.nbytes for s in encoder._screens.values())
     monkeypatch.setattr(module, "_HELD_BYTES", held - 1)
     other = Encoder(w, b, JumpReLU(t))
     for _ in range(2):

@@ -165,6 +165,7 @@ def checked(tmp_path, d_in, d_sae, dtype, *, most):
     assert ((out.double() - expected).abs() <= (len(columns) + 2) * 2.0**-24 * sizes).all()
     assert told["samples"] > 20
     assert told["peak"] - told["before"] < most, told
+    return told
 
 
 @pytest.mark.slow

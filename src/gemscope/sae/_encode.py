@@ -17,7 +17,8 @@ from torch import Tensor
 from gemscope.errors import InputError
 
 from ._activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from ._screen import Screen, lowered, screens_pay
+from ._scratch import Scratch
+from ._screen import Screen, feature_bytes, lowered, screens_pay
 from ._sparse import SparseFeatures
 
 _TILE_BYTES = 32 * 2**20
@@ -30,6 +31,8 @@ _HELD_BYTES = 2**30
 """Screens that are kept between calls, of one encoder."""
 _FEW = 64
 """Tokens for which preparing a screen costs more than it saves."""
+_FEW_ANEW = 512
+"""The same where screens are too large to be kept, and are prepared each time."""
 
 
 @dataclass(eq=False)
@@ -64,41 +67,51 @@ class Encoder:
                 return self._encode_batch_top_k(x, k)
 
     def _encode_above(self, x: Tensor, threshold: Tensor) -> SparseFeatures:
-        low = lowered(x) if self._screens_pay(x) else None
+        scratch = self._scratch(x)
+        low = None if scratch is None or not self._screens_pay(len(x)) else lowered(x)
         rows, columns, values = [], [], []
         # Screens are kept, so their tiles are the same for any number of tokens.
         for first, stop in self._tiles(len(x) if low is None else _CHUNK):
-            above, bias = threshold[first:stop], self.b_enc[first:stop].float()
-            if low is not None:
-                found = self._screen(first, stop, bias, above).entries(x, low)
+            above = threshold[first:stop]
+            if low is not None and scratch is not None:
+                screen = self._screen(first, stop, above, scratch)
+                found = screen.entries(x, low, scratch)
                 kept = found.values > above[found.columns]
                 r, c, v = found.rows[kept], found.columns[kept], found.values[kept]
             else:
-                pre = torch.addmm(bias, x, self.w_enc[:, first:stop].float())
-                r, c = (pre > above).nonzero(as_tuple=True)
+                pre = self._pre(x, first, stop, scratch)
+                may = None if scratch is None else scratch("may", len(x), stop - first, torch.bool)
+                r, c = torch.gt(pre, above, out=may).nonzero(as_tuple=True)
                 v = pre[r, c]
             rows.append(r)
             columns.append(c + first)
             values.append(v)
         return _gathered(rows, columns, values, len(x), self.w_enc.shape[1])
 
-    def _screens_pay(self, x: Tensor) -> bool:
-        tracked = any(t.requires_grad for t in (x, self.w_enc, self.b_enc))
-        return (
-            len(x) >= _FEW
-            and not (tracked and torch.is_grad_enabled())
-            and screens_pay(self.w_enc.device)
-        )
+    def _scratch(self, x: Tensor) -> Scratch | None:
+        """Memory for tiles, but none where gradients flow: they hold on to what was computed."""
+        wanted = any(t.requires_grad for t in (x, self.w_enc, self.b_enc))
+        return None if wanted and torch.is_grad_enabled() else Scratch(x.device)
 
-    def _screen(self, first: int, stop: int, bias: Tensor, above: Tensor) -> Screen:
+    @property
+    def _keeps(self) -> bool:
+        d_in, d_sae = self.w_enc.shape
+        return feature_bytes(d_in) * d_sae <= _HELD_BYTES
+
+    def _screens_pay(self, n_tokens: int) -> bool:
+        few = _FEW if self._keeps else _FEW_ANEW
+        return n_tokens >= few and screens_pay(self.w_enc.device)
+
+    def _screen(self, first: int, stop: int, above: Tensor, scratch: Scratch) -> Screen:
         if self._screened != self._writes:
             self._screens.clear()
             self._screened = self._writes
         if first in self._screens:
             return self._screens[first]
-        screen = Screen.of(self.w_enc[:, first:stop], bias, above)
-        if screen.n_bytes * self.w_enc.shape[1] <= _HELD_BYTES * screen.width:
-            self._screens[first] = screen
+        bias = self.b_enc[first:stop].float()
+        screen = Screen.of(self.w_enc[:, first:stop], bias, above, scratch)
+        if self._keeps:
+            screen = self._screens[first] = screen.kept()
         return screen
 
     @property
@@ -110,10 +123,10 @@ class Encoder:
         return tuple(t._version for t in tensors if not t.is_inference())
 
     def _encode_top_k(self, x: Tensor, k: int) -> SparseFeatures:
-        k = min(k, self.w_enc.shape[1])
+        k, scratch = min(k, self.w_enc.shape[1]), self._scratch(x)
         best, place = x.new_zeros(len(x), 0), x.new_zeros(len(x), 0, dtype=torch.int64)
         for first, stop in self._tiles(len(x)):
-            pre = self._pre(x, first, stop)
+            pre = self._pre(x, first, stop, scratch)
             some = pre.topk(min(k, stop - first), dim=1, sorted=False)
             best = torch.cat((best, some.values), 1)
             place = torch.cat((place, some.indices + first), 1)
@@ -129,10 +142,10 @@ class Encoder:
 
     def _encode_batch_top_k(self, x: Tensor, k: int) -> SparseFeatures:
         # The largest entries of the whole batch are among the largest of each tile.
-        wanted, d_sae = k * len(x), self.w_enc.shape[1]
+        wanted, d_sae, scratch = k * len(x), self.w_enc.shape[1], self._scratch(x)
         places, values = x.new_zeros(0, dtype=torch.int64), x.new_zeros(0)
         for first, stop in self._tiles(len(x)):
-            flat = self._pre(x, first, stop).reshape(-1)
+            flat = self._pre(x, first, stop, scratch).reshape(-1)
             some = flat.topk(min(wanted, flat.numel()), sorted=False)
             place = some.indices // (stop - first) * d_sae + some.indices % (stop - first) + first
             values, places = torch.cat((values, some.values)), torch.cat((places, place))
@@ -142,9 +155,14 @@ class Encoder:
         values, places = values[values > 0][order], places[values > 0][order]
         return SparseFeatures.from_entries(places // d_sae, places % d_sae, values, len(x), d_sae)
 
-    def _pre(self, x: Tensor, first: int, stop: int) -> Tensor:
-        bias = self.b_enc[first:stop].float()
-        return torch.addmm(bias, x, self.w_enc[:, first:stop].float())
+    def _pre(self, x: Tensor, first: int, stop: int, scratch: Scratch | None) -> Tensor:
+        """Pre-activations of a tile, which last until `scratch` is used again."""
+        weights, bias = self.w_enc[:, first:stop], self.b_enc[first:stop].float()
+        if scratch is None:
+            return torch.addmm(bias, x, weights.float())
+        if weights.dtype != torch.float32:
+            weights = scratch("weights", *weights.shape).copy_(weights)
+        return torch.addmm(bias, x, weights, out=scratch("pre", len(x), stop - first))
 
     def _tiles(self, n_tokens: int) -> Iterator[tuple[int, int]]:
         d_in, d_sae = self.w_enc.shape

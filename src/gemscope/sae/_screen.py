@@ -20,6 +20,8 @@ import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
 
+from ._scratch import Scratch
+
 _UP = 1 + 2**-7
 """Factor after which rounding to bfloat16 cannot round below."""
 _LARGEST = 2.0**126
@@ -48,55 +50,67 @@ class Screen:
     low: Tensor
     """`[width, d_in + columns]` bfloat16: the weights, and what the margin needs."""
 
-    @property
-    def width(self) -> int:
-        """Features of the tile."""
-        return len(self.weights)
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory it holds."""
-        return self.weights.nbytes + self.low.nbytes
-
     @classmethod
     def of(
         cls,
         w_enc: Float[Tensor, "d_in width"],
         bias: Float[Tensor, " width"],
         threshold: Float[Tensor, " width"],
+        scratch: Scratch,
     ) -> "Screen":
-        """The screen of a tile of `w_enc`."""
+        """The screen of a tile of `w_enc`, which lasts until `scratch` is used again."""
+        d_in, width = w_enc.shape
         # A copy of the rows first: transposing is far slower out of a wide matrix.
-        weights = w_enc.contiguous().T.contiguous().float()
-        low = weights.bfloat16()
-        slack = 2 * _sum_error(weights.shape[1]) + 2**-15
+        rows = scratch("rows", d_in, width).copy_(w_enc)
+        weights = scratch("weights", width, d_in).copy_(rows.T)
+        low = scratch("low", width, _low_width(d_in), torch.bfloat16)
+        lost = rows.view(width, d_in).copy_(low[:, :d_in].copy_(weights)).sub_(weights)
+        slack = 2 * _sum_error(d_in) + 2**-15
         lift = bias + bias.abs() * slack - threshold * (1 - slack)
         lift = lift.clamp(-_LARGEST, _LARGEST)
         head = lift.bfloat16()
-        lost = low.float().sub_(weights)
-        columns = (_up(_lengths(weights)), _up(_lengths(lost)), head, lift - head)
-        return cls(weights, bias, _padded(low, columns))
+        _append(low, d_in, (_up(_lengths(weights)), _up(_lengths(lost)), head, lift - head))
+        return cls(weights, bias, low)
+
+    def kept(self) -> "Screen":
+        """The same in memory of its own."""
+        return Screen(self.weights.clone(), self.bias, self.low.clone())
 
     def entries(
-        self, x: Float[Tensor, "n_tokens d_in"], low: BFloat16[Tensor, "n_tokens d_low"]
+        self,
+        x: Float[Tensor, "n_tokens d_in"],
+        low: BFloat16[Tensor, "n_tokens d_low"],
+        scratch: Scratch,
     ) -> Entries:
         """What may fire on the tokens of `x`, given `low = lowered(x)`."""
-        may = low @ self.low.T > 0
+        shape = len(x), len(self.weights)
+        signs = torch.mm(low, self.low.T, out=scratch("signs", *shape, torch.bfloat16))
+        may = torch.gt(signs, 0, out=scratch("may", *shape, torch.bool))
         rows, places = may.nonzero(as_tuple=True)
         if len(rows) > _MANY * may.numel():
-            products = (x @ self.weights.T)[rows, places]
+            whole = torch.mm(x, self.weights.T, out=scratch("pre", *shape))
+            products = whole[rows, places]
         else:
             products = _products(x, self.weights, rows, places)
         return Entries(rows, places, products + self.bias[places])
 
 
+def feature_bytes(d_in: int) -> int:
+    """Memory of a screen for each of its features."""
+    return 4 * d_in + 2 * _low_width(d_in)
+
+
 def lowered(x: Float[Tensor, "n_tokens d_in"]) -> BFloat16[Tensor, "n_tokens d_low"]:
     """Tokens in bfloat16, with what the margin needs: the other half of every screen."""
-    low = x.bfloat16()
+    n_tokens, d_in = x.shape
+    low = x.new_empty(n_tokens, _low_width(d_in), dtype=torch.bfloat16)
+    rounded = low[:, :d_in].copy_(x).float()
     # Three sums err: the screen's own, the float32 one it stands for, and the margin's.
-    sums, ones = 3 * _sum_error(x.shape[1]), x.new_ones(len(x))
-    margin = _lengths(low.float().sub_(x)) + sums * _lengths(x)
-    return _padded(low, (_up(margin), _up(_lengths(low.float()) * (1 + sums)), ones, ones))
+    sums, ones = 3 * _sum_error(d_in), x.new_ones(n_tokens)
+    lengths = _lengths(rounded) * (1 + sums)
+    margin = _lengths(rounded.sub_(x)) + sums * _lengths(x)
+    _append(low, d_in, (_up(margin), _up(lengths), ones, ones))
+    return low
 
 
 def _lengths(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
@@ -113,10 +127,13 @@ def _sum_error(terms: int) -> float:
     return (terms + 8) * 2.0**-24
 
 
-def _padded(low: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
-    more = -(low.shape[1] + len(columns)) % _PAD
-    ends = torch.stack([c.bfloat16() for c in columns], dim=1)
-    return torch.cat((low, ends, low.new_zeros(len(low), more)), 1)
+def _low_width(d_in: int) -> int:
+    return -(-(d_in + 4) // _PAD) * _PAD
+
+
+def _append(low: Tensor, d_in: int, columns: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    low[:, d_in : d_in + 4] = torch.stack(columns, dim=1)
+    low[:, d_in + 4 :] = 0
 
 
 def _products(x: Tensor, weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
