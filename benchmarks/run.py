@@ -155,6 +155,7 @@ def fabricate(home: Path, name: str, d_sae: int) -> None:
         W_enc=np.ascontiguousarray(w_dec.T), W_dec=w_dec, b_enc=np.zeros(d_sae, np.float32),
         b_dec=np.zeros(d, np.float32), threshold=np.full(d_sae, threshold, np.float32),
     )  # fmt: skip
+    os.sync()  # or what is measured next is the writing of it to the disk
 
 
 _OURS_FIRST = """
