@@ -25,7 +25,7 @@ from ._scratch import Scratch
 _UP = 1 + 2**-7
 """Factor after which rounding to bfloat16 cannot round below."""
 _LARGEST = 2.0**126
-"""Where columns end: infinity times 0 would be no number, and fire nothing."""
+"""Where biases and thresholds end: two infinities may make no number, which would fire nothing."""
 _MANY = 1 / 16
 """Share of a tile from which on computing all of it in float32 is faster than entry by entry."""
 _PAD = 32
@@ -115,12 +115,13 @@ def lowered(x: Float[Tensor, "n_tokens d_in"]) -> BFloat16[Tensor, "n_tokens d_l
 
 def _lengths(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     """Lengths of `rows`, no smaller than they are but for float32's last digits."""
-    # Squares below float32's range are lost.
+    # Squares below float32's range are lost. Nor is a length 0: times an infinite one that would
+    # be no number.
     return rows.norm(dim=1) + rows.shape[1] ** 0.5 * 2.0**-63
 
 
 def _up(column: Tensor) -> Tensor:
-    return (column * _UP).clamp_max(_LARGEST)
+    return column * _UP
 
 
 def _sum_error(terms: int) -> float:
