@@ -15,6 +15,7 @@ from gemscope.sae import SAE, BatchTopK, CrossLayer, JumpReLU, Layer, ReLU, TopK
 from gemscope.sae import _encode as module
 from gemscope.sae import _screen as screening
 from gemscope.sae._encode import Encoder
+from gemscope.sae._kernels import row_offsets, sampled_products
 from gemscope.sites import Site, Sites
 
 HERE = Site.parse("0.resid_post")
@@ -62,7 +63,7 @@ def in_float32(x, w, b, threshold):
     n, d_sae = len(x), w.shape[1]
     rows = torch.arange(n).repeat_interleave(d_sae)
     columns = torch.arange(d_sae).repeat(n)
-    products = screening._products(x, w.float().T.contiguous(), rows, columns)
+    products = sampled_products(row_offsets(rows, len(x)), columns, x, w.float().T.contiguous())
     pre = products.reshape(n, d_sae) + b.float()
     return pre * (pre > threshold.clamp_min(0))
 
@@ -353,7 +354,7 @@ def test_screens_are_kept_for_any_number_of_tokens_and_within_bounds(generator, 
     screened(monkeypatch)
     monkeypatch.setattr(module, "_TILE_BYTES", 2**20)
     made, of = [], screening.Screen.of
-    monkeypatch.setattr(module.Screen, "of", lambda *a: made.append(1) or of(*a))
+    monkeypatch.setattr(module.Screen, "of", lambda *a, **k: made.append(1) or of(*a))
     x, w, b, t = drawn(generator, 400, 50, 1_500)
     encoder = Encoder(w, b, JumpReLU(t))
     for n in (400, 1, 73, 399, 400):

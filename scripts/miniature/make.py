@@ -22,7 +22,7 @@ from gemscope.errors import InputError
 from gemscope.train import read_config, train
 
 HERE = Path(__file__).parent
-CONFIGS = HERE.parents[1] / "configs" / "miniature"
+SCOPE = HERE / "scope.yaml"
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
     "tokenizer_config.json",
@@ -50,20 +50,23 @@ def install_model(built: Path) -> None:
         (miniature.MODEL / name).chmod(0o644)
 
 
-def install_dictionary(artefact: Path, name: str) -> None:
-    """The artefact with its matrices in bfloat16: half the size, and no figure moves visibly.
+def install_scope(run: Path, names: list[str]) -> None:
+    """The artefacts with their matrices in bfloat16: half the size, and no figure moves visibly.
 
     Vectors stay float32: a rounded threshold flips features.
     """
-    (part,) = formats.read(artefact)
-    folder = miniature.SCOPE / name
-    shutil.rmtree(folder, ignore_errors=True)
-    small = {
+    shutil.rmtree(miniature.SCOPE, ignore_errors=True)
+    for name in names:
+        parts = [replace(part, **_small(part)) for part in formats.read(run / name)]
+        formats.write_gemma_scope_2(miniature.SCOPE / name, formats.read_config(run / name), parts)
+
+
+def _small(part: formats.Part) -> dict[str, torch.Tensor]:
+    return {
         n: value.to(torch.bfloat16)
         for n in ("w_enc", "w_dec", "skip")
         if (value := getattr(part, n)) is not None
     }
-    formats.write_gemma_scope_2(folder, formats.read_config(artefact), [replace(part, **small)])
 
 
 def main() -> None:
@@ -74,23 +77,23 @@ def main() -> None:
     run("tokenizer.py", "--to", str(work / "model"))
     run("model.py", "--work", str(work))
     install_model(work / "model")
-    for file in sorted(CONFIGS.glob("*.yaml")):
-        config = read_config(file)
-        out = Path(config.out)
-        name = f"{out.parent.name}/{out.name}"
-        if not (out / "artefact").is_dir():
-            print(f"training {name}", flush=True)
-            train(config, report=_told)
-        install_dictionary(out / "artefact", name)
+    config = read_config(SCOPE)
+    out, names = Path(config.out), [a.name for a in config.artefacts]
+    if not all((out / name).is_dir() for name in names):
+        train(config, report=_told)
+    install_scope(out, names)
     run("card.py", "--work", str(work))
 
 
 def _told(p) -> None:
-    if p.step % 100 == 0 or p.step == p.steps:
+    if p.step % 50 == 0 or p.step == p.steps:
         left = p.seconds / p.step * (p.steps - p.step) / 60
+        worst = max(p.standings, key=lambda s: s.dead)
         print(
-            f"  step {p.step}/{p.steps}  FVU {p.fvu:.4f}  L0 {p.l0:.1f}  dead {p.dead:.2%}  "
-            f"{p.tokens / max(p.seconds, 1e-9):,.0f} tokens/s  {left:.1f} min left",
+            f"  step {p.step}/{p.steps}  mean FVU "
+            f"{sum(s.fvu for s in p.standings) / len(p.standings):.4f}  most dead "
+            f"{worst.dead:.2%} ({worst.name})  {p.tokens / max(p.seconds, 1e-9):,.0f} tokens/s  "
+            f"{left:.1f} min left",
             flush=True,
         )
 

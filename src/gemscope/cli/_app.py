@@ -6,7 +6,19 @@ import typer
 
 from gemscope.errors import InputError
 
-from . import _check, _convert, _demo, _doctor, _download, _eval, _info, _list, _look, _train
+from . import (
+    _check,
+    _convert,
+    _demo,
+    _doctor,
+    _download,
+    _eval,
+    _harvest,
+    _info,
+    _list,
+    _look,
+    _train,
+)
 
 app = typer.Typer(
     name="gemscope",
@@ -25,6 +37,7 @@ app.command("list")(_list.list_command)
 app.command("download")(_download.download)
 app.command("convert")(_convert.convert)
 app.command("train")(_train.train_command)
+app.command("harvest")(_harvest.harvest_command)
 app.command("doctor")(_doctor.doctor)
 
 

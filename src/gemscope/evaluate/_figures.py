@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ._record import Record
 
-_COLOURS = ("#2a6f97", "#c1440e", "#4f772d", "#7b2d8b", "#b8860b", "#444444", "#008b8b", "#a0522d")
+COLOURS = ("#2a6f97", "#c1440e", "#4f772d", "#7b2d8b", "#b8860b", "#444444", "#008b8b", "#a0522d")
 _MARKERS = "osD^vP*X"
 
 
@@ -43,7 +43,7 @@ def _pareto(records: Sequence["Record"]) -> str:
 def _loss(records: Sequence["Record"]) -> str:
     figure, axes = _axes("What the model loses when the activation is replaced", 6.4, 4.0)
     kinds = (
-        ("delta_loss", "the dictionary", _COLOURS[0]),
+        ("delta_loss", "the dictionary", COLOURS[0]),
         ("random", "a random dictionary", "#bbbbbb"),
         ("loss_mean", "the mean activation", "#888888"),
         ("loss_zero", "zeros", "#555555"),
@@ -75,7 +75,7 @@ def _density(records: Sequence["Record"]) -> str:
         dead = record.metrics["dead_fraction"]
         axes.stairs(
             counts, 10.0**edges, label=f"{record.label} ({dead:.1%} silent)",
-            color=_COLOURS[i % len(_COLOURS)], linewidth=1.6,
+            color=COLOURS[i % len(COLOURS)], linewidth=1.6,
         )  # fmt: skip
     axes.set_xscale("log")
     tokens = max(record.tokens for record in records)
@@ -112,7 +112,7 @@ def _layers(records: Sequence["Record"]) -> str:
 
 
 def _style(index: int) -> dict[str, Any]:
-    colour = _COLOURS[index % len(_COLOURS)]
+    colour = COLOURS[index % len(COLOURS)]
     return {"color": colour, "marker": _MARKERS[index % len(_MARKERS)], "linewidth": 1.4}
 
 
@@ -121,18 +121,28 @@ def _axes(title: str, width: float, height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
+    dress(axes, title)
+    return figure, axes
+
+
+def dress(axes: Any, title: str) -> None:
+    """Give axes the look that all figures share."""
     axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=9)
-    return figure, axes
 
 
 def _svg(figure: Any, axes: Any, *, title: str | None = None) -> str:
-    import matplotlib
-
     if len(axes.get_legend_handles_labels()[0]) > 1 or title:
         axes.legend(fontsize=8, frameon=False, title=title, title_fontsize=8)
+    return svg(figure)
+
+
+def svg(figure: Any) -> str:
+    """A figure as a complete SVG document."""
+    import matplotlib
+
     out = io.StringIO()
     # The same figure gives the same bytes: fixed ids, no date.
     with matplotlib.rc_context({"svg.hashsalt": "gemscope"}):

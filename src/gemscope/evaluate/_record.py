@@ -79,7 +79,7 @@ class Record:
         """The record with its metrics at the top level, ready for `json.dumps`."""
         fields = asdict(self)
         metrics = fields.pop("metrics")
-        return _finite({**{k: fields.pop(k) for k in _FIRST}, **metrics, **fields})
+        return finite({**{k: fields.pop(k) for k in _FIRST}, **metrics, **fields})
 
 
 _FIRST = (
@@ -153,14 +153,14 @@ def _text_digest(documents: Sequence[Document]) -> str:
     return whole.hexdigest()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with what JSON cannot say (NaN, infinities) as None."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {k: _finite(v) for k, v in value.items()}
+            return {k: finite(v) for k, v in value.items()}
         case list() | tuple():
-            return [_finite(v) for v in value]
+            return [finite(v) for v in value]
         case _:
             return value

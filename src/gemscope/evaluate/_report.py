@@ -67,42 +67,55 @@ def write_report(folder: Path, records: Sequence[Record], *, title: str) -> Path
     try:
         (folder / "figures").mkdir(exist_ok=True)
         for name, svg in drawn.items():
-            _write(folder / "figures" / f"{name}.svg", svg)
-        _write(
+            write_text(folder / "figures" / f"{name}.svg", svg)
+        write_text(
             folder / "report.json",
             json.dumps([r.json() for r in records], indent=1, ensure_ascii=False) + "\n",
         )
         for name in ("report.md", "report.html"):
-            _write(folder / name, _render(name, records, drawn, title))
+            write_text(folder / name, _render(name, records, drawn, title))
     except OSError as error:
         raise InputError(f"the report cannot be written to {folder}: {error.strerror}") from None
     return folder / "report.html"
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Replace `file`, atomically."""
     part = file.with_suffix(".part")
     part.write_text(text, "utf-8")
     part.replace(file)
 
 
-def _render(name: str, records: Sequence[Record], drawn: dict[str, str], title: str) -> str:
+def template(name: str, *folders: Path) -> jinja2.Template:
+    """The template `name` of a report, from `folders` or those of evaluations.
+
+    A page ends in `.html`: all that is put into it is escaped. `style.css` is there to include.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader([*folders, _TEMPLATES]),
         # Tokens come from untrusted text and vocabularies.
         autoescape=name.endswith(".html"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "shown": shown_token, "code": _code}
-    return environment.get_template(name).render(
+    environment.filters |= {
+        "figure": _figure, "shown": shown_token, "code": _code, "inline": _inline,
+    }  # fmt: skip
+    return environment.get_template(name)
+
+
+def _inline(svg: str) -> markupsafe.Markup:
+    """A figure as a part of a page."""
+    # Drawn by us; matplotlib escapes the labels.
+    return markupsafe.Markup(svg[svg.index("<svg") :])  # noqa: S704
+
+
+def _render(name: str, records: Sequence[Record], drawn: dict[str, str], title: str) -> str:
+    return template(name).render(
         title=title,
         records=records,
-        # Drawn by us; matplotlib escapes the labels.
-        figures={
-            n: markupsafe.Markup(svg[svg.index("<svg") :])  # noqa: S704
-            for n, svg in drawn.items()
-        },
+        figures=drawn,
         definitions=DEFINITIONS,
         groups=_GROUPS,
         kinds=_KINDS,

@@ -7,8 +7,13 @@ from ._activation import ReLU as ReLU
 from ._activation import TopK as TopK
 from ._cross_layer import CrossLayer as CrossLayer
 from ._cross_layer import Layer as Layer
+from ._encode import Encoder as Encoder
+from ._kernels import row_offsets as row_offsets
+from ._kernels import sampled_products as sampled_products
+from ._kernels import weighted_sums as weighted_sums
 from ._origin import Origin as Origin
 from ._sae import SAE as SAE
+from ._screen import screens_pay as screens_pay
 from ._sparse import SparseFeatures as SparseFeatures
 
 Dictionary = SAE | CrossLayer

@@ -18,7 +18,7 @@ from gemscope.errors import InputError
 from gemscope.sites import Sites
 
 from ._activation import JumpReLU
-from ._decode import weighted_sums
+from ._decode import decoded
 from ._encode import Encoder, in_chunks
 from ._origin import Origin
 from ._sae import chosen_features
@@ -148,7 +148,7 @@ class CrossLayer:
             raise InputError("this model has a skip connection: decoding it needs its input x")
         out = own.b_dec.float().expand(parts[0].n_tokens, -1)
         for layer, part in zip(self.layers, parts[: place + 1], strict=False):
-            out = out + weighted_sums(part, layer.w_dec[:, place])
+            out = out + decoded(part, layer.w_dec[:, place])
         if own.skip is not None and x is not None:
             out = out + x.float() @ own.skip.float()
         return out

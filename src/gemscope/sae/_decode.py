@@ -1,14 +1,14 @@
 """Sums of decoder rows."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ._kernels import weighted_sums
 from ._sparse import SparseFeatures
 
 
-def weighted_sums(
+def decoded(
     features: SparseFeatures, rows: Float[Tensor, "n_rows d"]
 ) -> Float[Tensor, "n_tokens d"]:
     """For every token the sum of `value * rows[feature]`, in float32.
@@ -17,16 +17,7 @@ def weighted_sums(
     dictionary stays where and as it lies.
     """
     indices = features.indices.long()
-    if indices.numel() == 0:
-        return torch.zeros(features.n_tokens, rows.shape[1], device=rows.device)
     if rows.dtype != torch.float32 or not rows.is_contiguous():
         used, indices = indices.unique(return_inverse=True)
         rows = rows[used].float()
-    return F.embedding_bag(
-        indices,
-        rows,
-        features.offsets,
-        mode="sum",
-        per_sample_weights=features.values,
-        include_last_offset=True,
-    )
+    return weighted_sums(features.offsets, indices, features.values, rows)

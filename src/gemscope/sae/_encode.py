@@ -17,6 +17,7 @@ from torch import Tensor
 from gemscope.errors import InputError
 
 from ._activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from ._kernels import entries, support
 from ._scratch import Scratch
 from ._screen import Screen, feature_bytes, lowered, screens_pay
 from ._sparse import SparseFeatures
@@ -42,6 +43,8 @@ class Encoder:
     w_enc: Tensor
     b_enc: Tensor
     activation: Activation
+    keep: bool = True
+    """Whether screens are kept for the next call: not worth it where the weights will change."""
 
     def __post_init__(self):
         self._screens: dict[int, Screen] = {}
@@ -68,6 +71,10 @@ class Encoder:
 
     def _encode_above(self, x: Tensor, threshold: Tensor) -> SparseFeatures:
         scratch = self._scratch(x)
+        if scratch is not None:
+            fused = support(x, self.w_enc.T, self.b_enc.float(), threshold)
+            if fused is not None:
+                return fused
         low = None if scratch is None or not self._screens_pay(len(x)) else lowered(x)
         rows, columns, values = [], [], []
         # Screens are kept, so their tiles are the same for any number of tokens.
@@ -81,7 +88,7 @@ class Encoder:
             else:
                 pre = self._pre(x, first, stop, scratch)
                 may = None if scratch is None else scratch("may", len(x), stop - first, torch.bool)
-                r, c = torch.gt(pre, above, out=may).nonzero(as_tuple=True)
+                r, c = entries(torch.gt(pre, above, out=may))
                 v = pre[r, c]
             rows.append(r)
             columns.append(c + first)
@@ -96,7 +103,7 @@ class Encoder:
     @property
     def _keeps(self) -> bool:
         d_in, d_sae = self.w_enc.shape
-        return feature_bytes(d_in) * d_sae <= _HELD_BYTES
+        return self.keep and feature_bytes(d_in) * d_sae <= _HELD_BYTES
 
     def _screens_pay(self, n_tokens: int) -> bool:
         few = _FEW if self._keeps else _FEW_ANEW
@@ -109,7 +116,7 @@ class Encoder:
         if first in self._screens:
             return self._screens[first]
         bias = self.b_enc[first:stop].float()
-        screen = Screen.of(self.w_enc[:, first:stop], bias, above, scratch)
+        screen = Screen.of(self.w_enc[:, first:stop], bias, above, scratch, once=not self._keeps)
         if self._keeps:
             screen = self._screens[first] = screen.kept()
         return screen

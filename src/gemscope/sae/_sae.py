@@ -12,7 +12,7 @@ from gemscope.errors import InputError
 from gemscope.sites import Site
 
 from ._activation import Activation, BatchTopK, JumpReLU
-from ._decode import weighted_sums
+from ._decode import decoded
 from ._encode import Encoder, in_chunks
 from ._origin import Origin
 from ._sparse import SparseFeatures
@@ -101,7 +101,7 @@ class SAE:
             raise InputError(f"features of width {features.d_sae} for a dictionary of {self.d_sae}")
         if self.skip is not None and x is None:
             raise InputError("this transcoder has a skip connection: decode(features, x) needs x")
-        out = weighted_sums(features, self.w_dec) + self.b_dec.float()
+        out = decoded(features, self.w_dec) + self.b_dec.float()
         if self.skip is not None and x is not None:
             out = out + self._tokens(x) @ self.skip.float()
         return out

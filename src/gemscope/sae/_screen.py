@@ -11,7 +11,6 @@ result cannot change a sign. All of this holds where products and sums stay in f
 below it, at `2^-126`, units for bfloat16 take what is left for 0.
 """
 
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -20,12 +19,15 @@ import torch
 from jaxtyping import BFloat16, Float
 from torch import Tensor
 
+from ._kernels import positive, row_offsets, sampled_products
 from ._scratch import Scratch
 
 _UP = 1 + 2**-7
 """Factor after which rounding to bfloat16 cannot round below."""
 _LARGEST = 2.0**126
 """Where biases and thresholds end: two infinities may make no number, which would fire nothing."""
+_ROUNDING = 2.0**-8
+"""Share of a number that rounding it to bfloat16 may take or give, above `2^-126`."""
 _MANY = 1 / 16
 """Share of a tile from which on computing all of it in float32 is faster than entry by entry."""
 _PAD = 32
@@ -57,19 +59,33 @@ class Screen:
         bias: Float[Tensor, " width"],
         threshold: Float[Tensor, " width"],
         scratch: Scratch,
+        *,
+        once: bool = False,
     ) -> "Screen":
-        """The screen of a tile of `w_enc`, which lasts until `scratch` is used again."""
+        """The screen of a tile of `w_enc`, which lasts until `scratch` is used again.
+
+        One that is to be used once is made faster, with a wider margin.
+        """
         d_in, width = w_enc.shape
-        # A copy of the rows first: transposing is far slower out of a wide matrix.
-        rows = scratch("rows", d_in, width).copy_(w_enc)
-        weights = scratch("weights", width, d_in).copy_(rows.T)
+        rows = scratch("rows", d_in, width)
+        if w_enc.dtype == torch.float32 and w_enc.T.is_contiguous():
+            weights = w_enc.T
+        else:
+            # A copy of the rows first: transposing is far slower out of a wide matrix.
+            weights = scratch("weights", width, d_in).copy_(rows.copy_(w_enc).T)
         low = scratch("low", width, _low_width(d_in), torch.bfloat16)
-        lost = rows.view(width, d_in).copy_(low[:, :d_in].copy_(weights)).sub_(weights)
+        low[:, :d_in].copy_(weights)
+        lengths = _lengths(weights)
+        if once:
+            # Each entry is rounded by a 256th of itself at most: no second look at them all.
+            lost = lengths * _ROUNDING
+        else:
+            lost = _lengths(rows.view(width, d_in).copy_(low[:, :d_in]).sub_(weights))
         slack = 2 * _sum_error(d_in) + 2**-15
         lift = bias + bias.abs() * slack - threshold * (1 - slack)
         lift = lift.clamp(-_LARGEST, _LARGEST)
         head = lift.bfloat16()
-        _append(low, d_in, (_up(_lengths(weights)), _up(_lengths(lost)), head, lift - head))
+        _append(low, d_in, (_up(lengths), _up(lost), head, lift - head))
         return cls(weights, bias, low)
 
     def kept(self) -> "Screen":
@@ -85,13 +101,13 @@ class Screen:
         """What may fire on the tokens of `x`, given `low = lowered(x)`."""
         shape = len(x), len(self.weights)
         signs = torch.mm(low, self.low.T, out=scratch("signs", *shape, torch.bfloat16))
-        may = torch.gt(signs, 0, out=scratch("may", *shape, torch.bool))
-        rows, places = may.nonzero(as_tuple=True)
-        if len(rows) > _MANY * may.numel():
+        rows, places = positive(signs)
+        if len(rows) > _MANY * signs.numel():
             whole = torch.mm(x, self.weights.T, out=scratch("pre", *shape))
             products = whole[rows, places]
         else:
-            products = _products(x, self.weights, rows, places)
+            offsets = row_offsets(rows, len(x))
+            products = sampled_products(offsets, places, x, self.weights)
         return Entries(rows, places, products + self.bias[places])
 
 
@@ -135,21 +151,6 @@ def _low_width(d_in: int) -> int:
 def _append(low: Tensor, d_in: int, columns: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     low[:, d_in : d_in + 4] = torch.stack(columns, dim=1)
     low[:, d_in + 4 :] = 0
-
-
-def _products(x: Tensor, weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """`x[row] . weights[column]` of every entry, entries sorted by row, in float32."""
-    if len(rows) == 0:
-        return x.new_zeros(0)
-    counts = torch.bincount(rows, minlength=len(x))
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sparse CSR tensors call themselves beta
-        wanted = torch.sparse_csr_tensor(
-            offsets, columns, x.new_zeros(len(columns)), (len(x), len(weights)),
-            check_invariants=False,
-        )  # fmt: skip
-        return torch.sparse.sampled_addmm(wanted, x, weights.T, beta=0.0).values()
 
 
 @cache

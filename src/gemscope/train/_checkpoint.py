@@ -1,68 +1,96 @@
-"""Everything a run needs to go on, in one safetensors file: no pickle, whole or not at all."""
+"""Everything a run needs to go on, in a folder that is there whole or not at all: no pickle."""
 
 import json
 import os
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gemscope.errors import InputError
 
+_NAME = re.compile(r"step-(\d+)")
 
-def save_checkpoint(file: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Replace `file` by these tensors and this JSON-able state, atomically."""
-    part = file.with_suffix(".part")
-    payload = save(
-        {n: t.detach().contiguous() for n, t in tensors.items()}, {"state": json.dumps(state)}
-    )
+
+class Checkpoints:
+    """The checkpoints of a run: a folder each under `checkpoint`, one tensor file an artefact."""
+
+    def __init__(self, run: Path):
+        self.folder = run / "checkpoint"
+
+    def exists(self) -> bool:
+        """Whether there is one to go on from."""
+        return self._latest() is not None
+
+    def save(
+        self, step: int, tensors: Sequence[Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> None:
+        """Write that of `step`; then those before it go."""
+        whole = self.folder / f"step-{step:08d}"
+        part = whole.with_suffix(".part")
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            for place, of_one in enumerate(tensors):
+                file = part / f"{place}.safetensors"
+                save_file({n: t.detach().contiguous() for n, t in of_one.items()}, file)
+                _flush(file)
+            (part / "state.json").write_text(json.dumps(state), "utf-8")
+            _flush(part / "state.json")
+            shutil.rmtree(whole, ignore_errors=True)
+            os.replace(part, whole)
+            _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            why = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"the checkpoint cannot be written to {self.folder}: {why}; the one before it, if "
+                "any, is untouched: make room and run the command again"
+            ) from None
+        for other in self._all():
+            if other != whole:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def load(self) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+        """State and tensors of the last one."""
+        latest = self._latest()
+        if latest is None:
+            raise InputError(f"there is no checkpoint in {self.folder}")
+        try:
+            state = json.loads((latest / "state.json").read_text("utf-8"))
+            tensors = []
+            for place in range(len(state["artefacts"])):
+                with safe_open(latest / f"{place}.safetensors", framework="pt") as stored:
+                    # Cloned: the file will go while the tensors live.
+                    tensors.append({n: stored.get_tensor(n).clone() for n in list(stored.keys())})
+            return state, tensors
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+            raise InputError(
+                f"{latest} is not a checkpoint, or damaged; remove {self.folder} to begin anew"
+            ) from None
+
+    def remove(self) -> None:
+        """Remove all of them."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(f for f in self.folder.iterdir() if _NAME.fullmatch(f.name))
+
+    def _latest(self) -> Path | None:
+        found = self._all()
+        return found[-1] if found else None
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
-        with part.open("wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(
-            f"the checkpoint cannot be written to {file}: {error.strerror}; the one before it, if "
-            "any, is untouched: make room and run the command again"
-        ) from None
-
-
-def load_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_checkpoint` wrote."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            state = json.loads(stored.metadata()["state"])
-            # Cloned: the file will be replaced while the tensors live.
-            return {name: stored.get_tensor(name).clone() for name in list(stored.keys())}, state
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-        raise InputError(
-            f"{file} is not a checkpoint, or damaged; remove it to begin anew"
-        ) from None
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The moments of an optimizer over parameters called `names`, in their order."""
-    out = {}
-    for index, moments in optimizer.state_dict()["state"].items():
-        for key, value in moments.items():
-            out[f"optimizer.{names[index]}.{key}"] = value
-    return out
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` took out."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, parameter, key = name.split(".")
-            state.setdefault(names.index(parameter), {})[key] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        os.fsync(handle)
+    finally:
+        os.close(handle)

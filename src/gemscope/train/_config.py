@@ -1,87 +1,109 @@
-"""What a training run is, as typed and validated YAML."""
+"""What a training run is, as typed and validated YAML: one model pass, any number of artefacts."""
 
-import re
-from pathlib import Path
-from typing import Annotated, Any
+from itertools import pairwise
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     model_validator,
 )
 
-from gemscope.errors import InputError, did_you_mean
-from gemscope.sites import Site
+from gemscope.sites import Site, Sites, each, parse_sites
 
-SiteField = Annotated[
-    Site,
-    BeforeValidator(lambda value: Site.parse(value) if isinstance(value, str) else value),
+SitesField = Annotated[
+    Site | Sites,
+    BeforeValidator(lambda value: parse_sites(value) if isinstance(value, str) else value),
     PlainSerializer(str, return_type=str),
 ]
 
 
 class _Strict(BaseModel):
     # Strict: YAML has types, and "4000" where a number belongs is a mistake worth a sentence.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True
+    )
 
 
 class Data(_Strict):
-    """Which activations the dictionary is trained on."""
+    """Which activations every artefact of the run is trained on, in the same order."""
 
     text: str | None = None
     """A file, folder, glob pattern, `miniature` or `python` (the standard library)."""
     dataset: str | None = None
     """Or a data set of the hub, `OWNER/NAME[:SPLIT[:COLUMN]]`."""
+    store: str | None = None
+    """Or a store that `gemscope harvest` wrote, a folder or URL."""
     tokens: int = Field(gt=0)
-    """Activations to train on, in all; the text is repeated as often as that takes."""
+    """Activations to train on, in all."""
+    epochs: int = Field(default=1, gt=0)
+    """How often the data may be gone through to get there."""
     context: int = Field(default=1_024, ge=2)
     batch: int = Field(default=4_096, gt=0)
     """Activations of a step."""
-    bucket: int = Field(default=1_000_000, gt=0)
-    """Tokens that are shuffled together."""
+    buffer: int = Field(default=1_000_000, gt=0)
+    """Tokens in memory to draw batches from."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the activations in that memory."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the order of the data."""
+    skip_corrupt: bool = False
+    """Whether damaged shards of a store are left out instead of ending the run."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> "Data":
-        if (self.text is None) == (self.dataset is None):
-            raise ValueError("give either text or dataset")
+    def _consistent(self) -> "Data":
+        if [self.text, self.dataset, self.store].count(None) != 2:
+            raise ValueError("give one of text, dataset and store")
         if self.tokens < self.batch:
             raise ValueError(f"tokens {self.tokens} is less than one batch of {self.batch}")
+        if self.store is None and self.buffer < 2 * self.batch:
+            raise ValueError(
+                f"a buffer of {self.buffer} tokens mixes nothing into batches of {self.batch}; "
+                f"take {2 * self.batch} or more"
+            )
         return self
 
 
 class Optimizer(_Strict):
-    """Adam with betas (0, 0.999); the defaults are Gemma Scope's."""
+    """Adam; the defaults are Gemma Scope's."""
 
     lr: float = Field(default=7e-5, gt=0)
+    beta1: float = Field(default=0.0, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
     warm_up: int = Field(default=1_000, ge=0)
     """Steps of the cosine warm-up from a tenth of `lr`."""
     decay: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps, at the end, in which the rate falls linearly to zero."""
     threshold_lr: float = Field(default=1.0, gt=0)
     """Rate of the thresholds, as a multiple of `lr`."""
+    clip: float | None = Field(default=None, gt=0)
+    """Largest norm of all gradients together; null: as they are."""
 
 
 class Sparsity(_Strict):
-    """The L0 penalty `coefficient * (2 / l0) * (L0 - l0)^2` per token, and what trains it."""
+    """What makes features rare. `topk` and `batch-topk` need none of it."""
 
-    l0: float = Field(gt=0)
-    """Features per token to reach."""
+    penalty: Literal["quadratic", "linear", "l1", "none"] = "quadratic"
+    """Per token: `(2 / l0) (L0 - l0)^2` (Gemma Scope 2), `L0` (Gemma Scope), or the sum of the
+    features (`relu`); times `coefficient`, mean over the batch."""
     coefficient: float = Field(default=1e-3, ge=0)
     warm_up: int = Field(default=50_000, ge=0)
     """Steps over which the coefficient rises linearly from zero."""
+    aim: float = Field(default=0.0, ge=0, lt=1)
+    """How fast the target of the penalty is moved to bring the L0 itself to `l0`: share of the
+    difference per step. 0: not at all, as published."""
     frequency: float = Field(default=0.0, ge=0)
     """Coefficient of the penalty on features that fire often, after the same warm-up."""
     frequency_scale: float = Field(default=0.1, gt=0, le=1)
     """Share of tokens from which a feature is often."""
     bandwidth: float = Field(default=1e-3, gt=0)
     """Width of the straight-through window, at inputs of unit mean squared norm."""
-    threshold: float | None = Field(default=1e-3, gt=0)
-    """Initial threshold of every feature, at the same scale; None: measured, see `start_l0`."""
+    threshold: float | None = Field(default=1e-3, ge=0)
+    """Initial threshold of every feature, at the same scale; null: measured, see `start_l0`."""
     start_l0: float | None = Field(default=None, gt=0)
     """Without a `threshold`: each feature's initial threshold is the quantile of its own
     pre-activations that makes all features fire equally often and this many on a token."""
@@ -93,33 +115,153 @@ class Sparsity(_Strict):
         return self
 
 
+class AuxK(_Strict):
+    """The loss that brings dead features back (2406.04093): they reconstruct what is left over."""
+
+    features: int = Field(gt=0)
+    """Dead features of a token that take part, at most."""
+    coefficient: float = Field(default=1 / 32, gt=0)
+    dead_after: int = Field(default=10_000_000, gt=0)
+    """Tokens without firing after which a feature is dead."""
+
+
+class EndToEnd(_Strict):
+    """A KL term through the rest of the model (2503.17272), for finetuning.
+
+    The loss is `(MSE + a b KL) / (1 + b)`, `a = MSE / (KL + 1e-8)` as a constant.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    """`b`."""
+
+
+class Artefact(_Strict):
+    """One dictionary: an SAE where `reads` is `writes`, else a transcoder; of several layers, a
+    crosscoder or cross-layer transcoder.
+    """
+
+    name: str
+    """Folder under `out`."""
+    reads: SitesField
+    writes: SitesField
+    d_sae: int = Field(gt=0)
+    """Features, of all layers together."""
+    l0: float = Field(gt=0)
+    """Features per token to reach; for `topk` and `batch-topk` their k."""
+    activation: Literal["jumprelu", "topk", "batch-topk", "relu"] = "jumprelu"
+    affine: bool = False
+    """Whether a transcoder has a skip connection."""
+    prefixes: tuple[int, ...] = ()
+    """Matryoshka: numbers of first features that reconstruct on their own, ascending."""
+    prefix_weights: tuple[float, ...] | None = None
+    """Weights of their losses and, last, of the whole; equal ones when not given. Sum 1."""
+    start: str | None = None
+    """Address of an artefact to go on training from; null: from nothing."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the initial weights."""
+    optimizer: Optimizer = Optimizer()
+    sparsity: Sparsity = Sparsity()
+    auxk: AuxK | None = None
+    end_to_end: EndToEnd | None = None
+
+    @property
+    def kind(self) -> str:
+        """`sae`, `transcoder`, `crosscoder` or `clt`."""
+        if isinstance(self.reads, Sites):
+            return "crosscoder" if self.reads == self.writes else "clt"
+        return "sae" if self.reads == self.writes else "transcoder"
+
+    @property
+    def levels(self) -> tuple[tuple[int, float], ...]:
+        """Number of features and weight of every reconstruction that is trained, the whole last."""
+        sizes = (*self.prefixes, self.d_sae)
+        weights = self.prefix_weights or (1 / len(sizes),) * len(sizes)
+        return tuple(zip(sizes, weights, strict=True))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Artefact":
+        for problem in _problems(self):
+            raise ValueError(problem)
+        return self
+
+
+def _problems(a: Artefact):
+    """What about `a` cannot be, in sentences."""
+    reads, writes = each(a.reads), each(a.writes)
+    if a.l0 >= a.d_sae:
+        yield f"l0 {a.l0:g} is not below d_sae {a.d_sae}"
+    if "topk" in a.activation and a.l0 != int(a.l0):
+        yield f"l0 {a.l0} is the k of {a.activation}, a whole number"
+    if a.activation == "relu" and a.sparsity.penalty not in ("l1", "none"):
+        yield f"relu has no threshold for the {a.sparsity.penalty} penalty to move; take l1"
+    if a.activation == "jumprelu" and a.sparsity.penalty == "l1":
+        yield "the l1 penalty is for relu; take quadratic or linear"
+    if [s.layer for s in reads] != [s.layer for s in writes] and len(reads) > 1:
+        yield f"reads {a.reads} and writes {a.writes}: they must be of the same layers"
+    if len(reads) != len(writes):
+        yield f"reads {a.reads} is {len(reads)} sites, and writes {a.writes} is {len(writes)}"
+    if any(r.layer > w.layer for r, w in zip(reads, writes, strict=False)):
+        yield f"reads {a.reads} comes after writes {a.writes}"
+    if a.affine and a.reads == a.writes:
+        yield "affine belongs to transcoders; reads and writes are the same site"
+    if a.d_sae % len(reads):
+        yield f"d_sae {a.d_sae} is not a multiple of the {len(reads)} layers"
+    if len(reads) > 1 and (a.activation != "jumprelu" or a.prefixes or a.auxk or a.end_to_end):
+        yield (
+            f"a {a.kind} is trained with jumprelu, without prefixes, auxk and end_to_end; "
+            "leave them out"
+        )
+    sizes = (*a.prefixes, a.d_sae)
+    if any(x >= y or x <= 0 for x, y in pairwise(sizes)):
+        yield f"prefixes {list(a.prefixes)} do not ascend to d_sae {a.d_sae}"
+    if a.prefix_weights is not None and len(a.prefix_weights) != len(sizes):
+        yield (
+            f"prefix_weights has {len(a.prefix_weights)} values for {len(a.prefixes)} prefixes "
+            "and the whole"
+        )
+    if a.prefix_weights is not None and abs(sum(a.prefix_weights) - 1) > 1e-6:
+        yield f"prefix_weights sum to {sum(a.prefix_weights):g}, not 1"
+    if a.end_to_end and (a.prefixes or a.reads != a.writes):
+        yield "end_to_end is for SAEs without prefixes"
+
+
+class Evaluation(_Strict):
+    """How an unfinished artefact is looked at: spliced into the model, on held-out text."""
+
+    every: int = Field(gt=0)
+    """Steps between looks; there is one at the end in any case."""
+    tokens: int = Field(default=20_000, gt=0)
+    text: str = "miniature"
+
+
 class TrainConfig(_Strict):
-    """One dictionary to train: an SAE where `reads` is `writes`, else a transcoder."""
+    """A run."""
 
     model: str
     model_dtype: str = "float32"
-    reads: SiteField
-    writes: SiteField
-    d_sae: int = Field(gt=0)
-    affine: bool = False
-    """Whether a transcoder has a skip connection."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    checkpoint_every: int = Field(default=200, gt=0)
-    """Steps between checkpoints."""
     out: str
     """Folder of the run."""
+    checkpoint_every: int = Field(default=200, gt=0)
+    """Steps between checkpoints."""
     data: Data
-    optimizer: Optimizer = Optimizer()
-    sparsity: Sparsity
+    evaluate: Evaluation | None = None
+    log: tuple[Literal["trackio", "wandb"], ...] = ()
+    """Where metrics go beside the run's own folder."""
+    artefacts: tuple[Artefact, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
-        if self.sparsity.l0 >= self.d_sae:
-            raise ValueError(f"sparsity.l0 {self.sparsity.l0} is not below d_sae {self.d_sae}")
-        if self.reads.layer > self.writes.layer:
-            raise ValueError(f"reads {self.reads} comes after writes {self.writes}")
-        if self.affine and self.reads == self.writes:
-            raise ValueError("affine belongs to transcoders; reads and writes are the same site")
+        names = [a.name for a in self.artefacts]
+        if twice := next((n for n in names if names.count(n) > 1), None):
+            raise ValueError(
+                f"two artefacts are called {twice}; put what they differ in into name, such as "
+                "{layer}, {width}, {l0}, {seed}"
+            )
+        if any(a.end_to_end for a in self.artefacts):
+            if len({str(a.reads) for a in self.artefacts}) > 1 or self.data.store:
+                raise ValueError("end_to_end needs text, and artefacts of one site")
+            if not all(a.end_to_end for a in self.artefacts):
+                raise ValueError("end_to_end is for all artefacts of a run or for none")
         return self
 
     @property
@@ -127,74 +269,8 @@ class TrainConfig(_Strict):
         """Optimizer steps in all."""
         return self.data.tokens // self.data.batch
 
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-3` is a number, as everyone expects; to YAML 1.1 it is a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def read_config(file: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """The config in `file`, after `overrides` such as `data.tokens=100000`."""
-    if not file.is_file():
-        raise InputError(f"no config at {file}; give a YAML file, such as those in configs/")
-    try:
-        raw = yaml.load(file.read_text("utf-8"), _Loader)  # noqa: S506
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{file} holds no keys; a config begins with model: ...")
-    for override in overrides or []:
-        _override(raw, override)
-    return parse_config(raw, source=str(file))
-
-
-def parse_config(raw: dict[str, Any], *, source: str) -> TrainConfig:
-    """`raw` as a config; what is wrong with it is said in one sentence."""
-    try:
-        return TrainConfig.model_validate(raw)
-    except ValidationError as error:
-        raise InputError(f"{source}: {'; '.join(_told(e) for e in error.errors())}") from None
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    if not equals:
-        raise InputError(f"--set {override!r} has no value; write --set data.tokens=100000")
-    *sections, key = path.split(".")
-    for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
-            raise InputError(f"--set {override!r}: {section} is not a section")
-    try:
-        raw[key] = yaml.load(value, _Loader)  # noqa: S506
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise InputError(f"--set {override!r}: {value!r} is not YAML") from None
-
-
-def _told(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "extra_forbidden":
-            return (
-                f"no key {path!r}; {did_you_mean(str(error['loc'][-1]), _keys(error['loc'][:-1]))}"
-            )
-        case "missing":
-            return f"{path} is missing"
-        case "value_error":
-            where = f"{path}: " if path else ""
-            return where + str(error["ctx"]["error"])
-        case _:
-            return f"{path} is {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"
-
-
-def _keys(sections: tuple) -> list[str]:
-    found: Any = TrainConfig
-    for section in sections:
-        found = found.model_fields[section].annotation
-    return list(found.model_fields)
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site read or written, each once."""
+        found = [s for a in self.artefacts for sites in (a.reads, a.writes) for s in each(sites)]
+        return tuple(dict.fromkeys(found))

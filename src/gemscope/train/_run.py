@@ -1,26 +1,33 @@
-"""A training run from config to artefact."""
+"""A run from its config to finished artefacts: sources, signals, what is written where.
+
+`out` becomes a folder that is read like a release: each artefact under its name. Beside them are
+`config.yaml`, `metrics/NAME.jsonl`, `evaluations.jsonl`, the report, and, while the run is
+unfinished, `checkpoint`.
+"""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gemscope import formats
-from gemscope.activations import ActivationStream
-from gemscope.corpus import contexts, read_dataset, read_text
+from gemscope import formats, hub
+from gemscope.activations import ActivationStream, Source
+from gemscope.corpus import Context, contexts, read_dataset, read_text
 from gemscope.errors import InputError
-from gemscope.hub import model_source
 from gemscope.lm import LanguageModel, load_model
-from gemscope.sites import Site
+from gemscope.sites import each
 
+from ._checkpoint import Checkpoints
 from ._config import TrainConfig
-from ._trainer import CHECKPOINT, Progress, Trainer
-
-ARTEFACT = "artefact"
-_SMOKE = {"tokens": 15_360, "batch": 512, "bucket": 4_096, "context": 128}
+from ._export import write_artefact
+from ._floor import Floor
+from ._log import logging
+from ._look import Looks
+from ._report import Journal, write_training_report
+from ._trainer import Progress, Trainer
 
 
 class Stopped(Exception):  # noqa: N818
@@ -39,91 +46,159 @@ def train(
     *,
     resume: bool = False,
     report: Callable[[Progress], None] = lambda _: None,
+    begun: Callable[[Floor], None] = lambda _: None,
     model: LanguageModel | None = None,
 ) -> Path:
-    """Train what `config` says; the folder of the finished artefact.
+    """Train what `config` says; the folder of the finished artefacts.
 
     A run that was interrupted goes on where it stopped. With `resume`, there must be one.
+    `report` is called after every step, `begun` before the first: what a step takes at least.
     Ctrl-C and SIGTERM end the run after the step in progress, with a checkpoint: `Stopped`.
     """
     folder = Path(config.out)
-    artefact, checkpoint = folder / ARTEFACT, folder / CHECKPOINT
-    if artefact.exists():
-        raise InputError(f"{artefact} is finished; choose another out, or remove that folder")
-    if resume and not checkpoint.is_file():
-        raise InputError(f"nothing to resume: {checkpoint} does not exist; leave --resume out")
+    checkpoints = Checkpoints(folder)
+    if resume and not checkpoints.exists():
+        raise InputError(f"nothing to resume: no checkpoint in {folder}; leave --resume out")
+    if (folder / "config.yaml").is_file() and not checkpoints.exists() and _finished(config):
+        raise InputError(f"{folder} is finished; choose another out, or remove that folder")
     _prepare(folder)
-    model = model or load_model(config.model, dtype=config.model_dtype)
-    facts = _facts(config, model)  # a site without a name in the layout is refused now
-    trainer = Trainer(config, _stream(config, model))
-    if checkpoint.is_file():
-        trainer.restore(folder)
-    else:
-        _write(
-            folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        )
-    with _signals() as received:
-        done = trainer.train(folder, report=report, stopping=lambda: bool(received))
+    with _signals() as received, logging(config) as logs:
+        model = model or _model(config)
+        source = _source(config, model)
+        trainer = Trainer(config, source, _starts(config))
+        if checkpoints.exists():
+            trainer.restore(folder)
+        else:
+            told = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            write(folder / "config.yaml", told)
+        looks = Looks(config, model, trainer, folder)
+        journal = Journal(folder, config, model, trainer)
+        begun(journal.floor)
+        report = logs.before(report, journal.began, trainer.metrics.every)
+        look = journal.timed(looks.after)
+        done = trainer.train(folder, report=report, stopping=lambda: bool(received), look=look)
+        journal.write(ended=done)
     if not done:
-        raise Stopped(received[0], trainer.step, config.steps, folder)
-    formats.write_gemma_scope_2(artefact, facts, [trainer.dictionary.folded(trainer.scales)])
-    return artefact
+        if received:
+            raise Stopped(received[0], trainer.step, config.steps, folder)
+        raise InputError(
+            f"the data ended at step {trainer.step} of {config.steps}; the checkpoint is in "
+            f"{folder}: give more data, or larger epochs, and run the command again"
+        )
+    for learner in trainer.learners:
+        write_artefact(folder / learner.config.name, learner, config, model)
+    looks.at_the_end()
+    write_training_report(folder)
+    checkpoints.remove()
+    return folder
 
 
 def smoke_test(config: TrainConfig) -> TrainConfig:
-    """The same run in thirty steps of a narrow dictionary, in a folder of its own."""
-    data = config.data.model_copy(update=_SMOKE)
-    sparsity = config.sparsity.model_copy(
-        update={"l0": min(config.sparsity.l0, 32.0), "warm_up": 10}
+    """The same run in thirty steps of narrow dictionaries, in a folder of its own."""
+    data = config.data.model_copy(
+        update={"tokens": 15_360, "batch": 512, "buffer": 4_096, "context": 128, "epochs": 100}
     )
-    optimizer = config.optimizer.model_copy(update={"warm_up": 10})
+    artefacts = []
+    for a in config.artefacts[:12]:
+        n = len(each(a.reads))
+        d_sae = min(a.d_sae, 512 * n)
+        update: dict[str, Any] = {
+            "d_sae": a.d_sae if a.start else d_sae,
+            "l0": a.l0 if a.start else min(a.l0, 32.0),
+            "prefixes": tuple(p for p in a.prefixes if p < d_sae),
+            "prefix_weights": None,
+            "optimizer": a.optimizer.model_copy(update={"warm_up": 10}),
+            "sparsity": a.sparsity.model_copy(update={"warm_up": 10}),
+        }
+        artefacts.append(a.model_copy(update=update))
     return config.model_copy(
         update={
-            "d_sae": min(config.d_sae, 512),
             "out": f"{config.out.rstrip('/')}-smoke-test",
             "data": data,
-            "sparsity": sparsity,
-            "optimizer": optimizer,
+            "artefacts": tuple(artefacts),
+            "evaluate": None,
+            "log": (),
         }
     )
 
 
-def _stream(config: TrainConfig, model: LanguageModel) -> ActivationStream:
-    for site in (config.reads, config.writes):
-        model.width(site)
-    length = config.data.context
-    if length > model.max_context:
+def _model(config: TrainConfig) -> LanguageModel:
+    return load_model(config.model, dtype=config.model_dtype)
+
+
+def _finished(config: TrainConfig) -> bool:
+    return all((Path(config.out) / a.name).is_dir() for a in config.artefacts)
+
+
+def _source(config: TrainConfig, model: LanguageModel) -> Source:
+    for a in config.artefacts:
+        for site in (*each(a.reads), *each(a.writes)):
+            model.width(site)
+    data = config.data
+    if data.store is not None:
+        from gemscope.activations import open_store
+
+        source: Source = open_store(
+            data.store, model_name=model.name or hub.model_source(config.model),
+            sites=config.sites, batch=data.batch, seed=data.seed, skip_corrupt=data.skip_corrupt,
+        )  # fmt: skip
+    else:
+        rows = _rows(config, model)
+        if config.artefacts[0].end_to_end:
+            from ._end_to_end import ThroughStream
+
+            source = ThroughStream(model, rows, config.sites[0], batch=data.batch, seed=data.seed)
+        else:
+            import torch
+
+            source = ActivationStream(
+                model, rows, config.sites, batch=data.batch, buffer=data.buffer, seed=data.seed,
+                dtype=getattr(torch, data.dtype),
+            )  # fmt: skip
+    # A buffer leaves out what does not fill its last batch.
+    if source.tokens * data.epochs < data.tokens:
         raise InputError(
-            f"data.context is {length}, and {config.model} reads at most {model.max_context} tokens"
+            f"data.tokens is {data.tokens:,}, and {data.epochs} epoch{'s' * (data.epochs > 1)} of "
+            f"the data are {source.tokens * data.epochs:,}; set data.epochs to "
+            f"{-(-data.tokens // source.tokens)} to repeat it, or give more data"
         )
-    source = config.data
-    documents = read_dataset(source.dataset) if source.dataset else read_text(source.text or "")
-    rows = list(contexts(documents, model.tokenizer, length=length))
-    return ActivationStream(
-        model,
-        rows,
-        config.reads,
-        config.writes,
-        batch=source.batch,
-        bucket=source.bucket,
-        seed=config.seed,
-    )
+    return source
 
 
-def _facts(config: TrainConfig, model: LanguageModel) -> formats.Config:
-    def hook(site: Site) -> str:
-        return model.family.hook(site)
+def _rows(config: TrainConfig, model: LanguageModel) -> list[Context]:
+    data = config.data
+    if data.context > model.max_context:
+        raise InputError(
+            f"data.context is {data.context}, and {config.model} reads at most "
+            f"{model.max_context} tokens"
+        )
+    documents = read_dataset(data.dataset) if data.dataset else read_text(data.text or "")
+    return list(contexts(documents, model.tokenizer, length=data.context))
 
-    return formats.Config(
-        hf_hook_point_in=hook(config.reads),
-        hf_hook_point_out=hook(config.writes),
-        width=config.d_sae,
-        model_name=model.name or model_source(config.model),
-        architecture="jump_relu",
-        l0=config.sparsity.l0,
-        affine_connection=config.affine,
-        type="sae" if config.reads == config.writes else "transcoder",
-    )
+
+def _starts(config: TrainConfig) -> Mapping[str, Sequence[formats.Part]]:
+    """The tensors of the artefacts that are trained on."""
+    out = {}
+    for a in config.artefacts:
+        if a.start is None:
+            continue
+        given = hub.Given(reads=a.reads, writes=a.writes, model=config.model)
+        entry = hub.obtain(hub.locate(a.start, given))
+        assert entry.path is not None
+        parts = formats.read(entry.path)
+        d_sae = sum(p.w_enc.shape[1] for p in parts)
+        if d_sae != a.d_sae or len(parts) != len(each(a.reads)):
+            raise InputError(
+                f"{a.name}: d_sae is {a.d_sae}, and {a.start} has {d_sae} features of "
+                f"{len(parts)} layers; set d_sae: {d_sae} and the sites it was made for"
+            )
+        if (parts[0].skip is not None) != a.affine:
+            raise InputError(
+                f"{a.name}: affine is {a.affine}, and {a.start} "
+                f"{'has' if parts[0].skip is not None else 'has no'} skip connection"
+            )
+        out[a.name] = parts
+    return out
 
 
 def _prepare(folder: Path) -> None:
@@ -138,7 +213,8 @@ def _prepare(folder: Path) -> None:
         ) from None
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
+    """Replace `file`, atomically."""
     part = file.with_suffix(".part")
     part.write_text(text, "utf-8")
     part.replace(file)

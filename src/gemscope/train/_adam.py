@@ -1,0 +1,118 @@
+"""Adam in one pass: projection, clipping, moments, update and unit rows, while rows are in cache.
+
+The gradient of a matrix is made a few rows at a time and used at once, so that it never exists
+whole: per parameter, a step reads and writes the weight and its second moment and nothing else.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ._config import Optimizer
+
+_CHUNK = 2**18
+"""Parameters of a chunk: with its moments, what a core's cache holds."""
+
+
+def rate(o: Optimizer, step: int, steps: int) -> float:
+    """Learning rate of the step after `step` others: warm-up, constant, decay."""
+    if step < o.warm_up:
+        share = (1 - math.cos(math.pi * step / o.warm_up)) / 2
+        return o.lr * (0.1 + 0.9 * share)
+    left = (steps - step) / steps
+    return o.lr * (min(1.0, left / o.decay) if o.decay else 1.0)
+
+
+class Adam:
+    """Second moments, and first ones where `beta1` is not 0, of named parameters."""
+
+    def __init__(self, config: Optimizer, parameters: dict[str, Tensor]):
+        self.config, self.step = config, 0
+        self.second = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        self.first = {n: torch.zeros_like(p) for n, p in parameters.items() if config.beta1}
+
+    def begin(self, lr: float) -> None:
+        """Begin a step at rate `lr`."""
+        self.step += 1
+        o = self.config
+        self._lr = lr / (1 - o.beta1**self.step)
+        self._root = 1 / math.sqrt(1 - o.beta2**self.step)
+
+    def whole(self, name: str, parameter: Tensor, gradient: Tensor, scale: float = 1.0) -> None:
+        """Update a small parameter at `scale` times the rate."""
+        self._update(name, slice(None), parameter, gradient, scale)
+
+    def rows(
+        self,
+        name: str,
+        parameter: Tensor,
+        first: int,
+        gradient: Callable[[int, int], Tensor],
+        stop: int,
+        *,
+        unit: bool,
+    ) -> None:
+        """Update rows `first` to `stop` of a matrix; `gradient(a, b)` is that of rows
+        `first + a` to `first + b`. Unit rows stay so: what would only lengthen them is left out.
+        """
+        for start, end in chunks(stop - first, parameter):
+            some = slice(first + start, first + end)
+            rows, g = parameter[some], gradient(start, end)
+            if self._fused(name, some, rows, g, unit=unit):
+                continue
+            if unit:
+                remove_parallel(g, rows)
+            self._update(name, some, rows, g, 1.0)
+            if unit:
+                rows.div_(rows.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+
+    def _fused(self, name: str, some: slice, rows: Tensor, g: Tensor, *, unit: bool) -> bool:
+        """Do it in one kernel, where there is one."""
+        if not _triton_runs(rows.device):
+            return False
+        from ._triton import WIDEST, adam_rows  # imports Triton
+
+        if rows.shape[1] > WIDEST:
+            return False
+        o = self.config
+        first = self.first[name][some] if o.beta1 else None
+        adam_rows(
+            rows, g, self.second[name][some], first, lr=self._lr, root=self._root,
+            beta1=o.beta1, beta2=o.beta2, eps=o.eps, unit=unit,
+        )  # fmt: skip
+        return True
+
+    def _update(self, name: str, some: slice, rows: Tensor, g: Tensor, scale: float) -> None:
+        o = self.config
+        second = self.second[name][some]
+        second.mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
+        if o.beta1:
+            g = self.first[name][some].lerp_(g, 1 - o.beta1)
+        # lr g / (sqrt(second) root + eps), the root taken out of the sum: one pass less.
+        size = second.sqrt().add_(o.eps / self._root)
+        rows.addcdiv_(g, size, value=-self._lr * scale / self._root)
+
+
+@cache
+def _triton_runs(device: torch.device) -> bool:
+    """Whether Triton is there and knows `device`: an NVIDIA GPU from Ampere on."""
+    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def chunks(n_rows: int, like: Tensor) -> Iterator[tuple[int, int]]:
+    """Runs of rows to go through `n_rows` in; all at once where caches are not the point."""
+    step = n_rows if like.device.type != "cpu" else max(32, _CHUNK // like.shape[1])
+    for start in range(0, n_rows, max(step, 1)):
+        yield start, min(start + step, n_rows)
+
+
+def remove_parallel(gradient: Tensor, rows: Tensor) -> None:
+    """Take out of `gradient`, in place, what only lengthens the unit vectors `rows`."""
+    along = (gradient * rows).sum(1, keepdim=True)
+    gradient.addcmul_(along, rows, value=-1)
