@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# SAELens, to measure against, in an environment of its own.
+# Other people's trainers, to measure against, in an environment of their own.
 PEER := .venv-peer
 
 .DEFAULT_GOAL := help
@@ -34,13 +34,15 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) $(PEER)/.installed  ## measure this machine, beside SAELens; prints one record each
+bench: $(STAMP) $(PEER)/.installed  ## measure this machine, beside its peers; prints one record each
 	$(BIN)/python benchmarks/run.py
 
 $(PEER)/.installed:
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  torch==2.13.0 sae-lens==6.54.12 transformer-lens==3.9.0
+	  torch==2.13.0 sae-lens==6.54.12 transformer-lens==3.9.0 natsort==8.4.0 schedulefree==1.4.1
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  eai-sparsify==1.3.3 dictionary-learning==0.1.0
 	@touch $@
 
 miniature: $(STAMP)  ## make the bundled model and its dictionaries from scratch (hours; resumable)

@@ -22,6 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from gpu import gpu  # noqa: E402
+from quality import quality  # noqa: E402
+from store import store  # noqa: E402
+from training import many, step, switch  # noqa: E402
 
 
 def whole_process(*arguments: str) -> float:
@@ -246,7 +252,10 @@ def wide() -> Iterator[dict]:
         }
 
 
-THEMES = {"wide": wide, "startup": startup, "demo": demo, "dictionary": dictionary, "peer": peer}
+THEMES = {
+    "wide": wide, "startup": startup, "demo": demo, "dictionary": dictionary, "peer": peer,
+    "step": step, "switch": switch, "many": many, "quality": quality, "store": store, "gpu": gpu,
+}  # fmt: skip
 
 
 def hardware() -> str:

@@ -71,46 +71,21 @@ def _step(kind: str, d_in: int, d_sae: int) -> dict:
     import torch
 
     sys.path.insert(0, str(HERE / "peers"))
-    from data import activations, level
     from memory import forget_peak, peak, resident
 
-    from gemscope.train._bank import encode
-    from gemscope.train._config import Artefact, Sparsity
-    from gemscope.train._learner import Learner
-    from gemscope.train._weights import Scales, drawn
-
-    torch.set_num_threads(THREADS)
     steps = 8
-    x = activations(BATCH * steps, d_in, 0)
-    x /= x.square().sum(1).mean().sqrt()
+    x = _data(d_in, steps)
     forget_peak()
     before = resident()
-    artefact = Artefact(
-        name="x", reads="0.resid_post", writes="0.resid_post", d_sae=d_sae, l0=float(L0),
-        activation=kind, sparsity=Sparsity(penalty="quadratic" if kind == "jumprelu" else "none"),
-    )  # fmt: skip
-    weights = drawn(
-        d_in, d_in, [d_sae], sae=True, affine=False, centre=x.mean(0), threshold=0.0,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    weights.threshold[0].fill_(level(weights.pre_activations(0, x[:256]), L0))
-    learner = Learner(artefact, weights, Scales((1.0,), (1.0,)), 10**9)
-    learner.density = 0.0
-    found = []
+    learner = _learner(kind, x, d_sae, L0)
     with torch.no_grad():
-        for batch in x.split(BATCH):
-            began = time.perf_counter()
-            with learner.clock("encode"):
-                (member,) = learner.members()
-                codes = encode(batch, member.w_enc, [member])
-            measured = learner.learn([batch], batch, codes)
-            found.append(time.perf_counter() - began)
+        found = [_one(learner, batch) for batch in x.split(BATCH)]
     used = peak()
     floor = _floor(d_in, d_sae)
-    seconds = statistics.median(found[2:])
+    seconds = statistics.median(t for t, _ in found[2:])
     return {
         "seconds": seconds,
-        "l0": measured.l0,
+        "l0": found[-1][1].l0,
         "memory_bytes": used - before,
         "max_memory_bytes": used,
         "sections": {n: s / steps for n, s in learner.clock.seconds.items()},
@@ -118,6 +93,55 @@ def _step(kind: str, d_in: int, d_sae: int) -> dict:
         "floor": floor,
         "ratio_to_floor": seconds / max(floor.values()),
     }
+
+
+def _data(d_in: int, steps: int):
+    """Activations for some steps, of unit mean squared norm."""
+    import torch
+
+    sys.path.insert(0, str(HERE / "peers"))
+    from data import activations
+
+    torch.set_num_threads(THREADS)
+    x = activations(BATCH * steps, d_in, 0)
+    return x.div_(x.square().sum(1).mean().sqrt())
+
+
+def _learner(kind: str, x, d_sae: int, l0: float):
+    """An artefact that fires `l0` times a token of `x`."""
+    import torch
+    from data import level
+
+    from gemscope.train._config import Artefact, Optimizer, Sparsity
+    from gemscope.train._learner import Learner
+    from gemscope.train._weights import Scales, drawn
+
+    d_in = x.shape[1]
+    penalty = "quadratic" if kind == "jumprelu" else "none"
+    artefact = Artefact(
+        name="x", reads="0.resid_post", writes="0.resid_post", d_sae=d_sae, l0=float(round(l0)),
+        activation=kind, sparsity=Sparsity(penalty=penalty),
+        optimizer=Optimizer(lr=1e-9),  # the L0 is to stay while it is timed
+    )  # fmt: skip
+    weights = drawn(
+        d_in, d_in, [d_sae], sae=True, affine=False, centre=x.mean(0), threshold=0.0,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    weights.threshold[0].fill_(level(weights.pre_activations(0, x[:256]), l0))
+    learner = Learner(artefact, weights, Scales((1.0,), (1.0,)), 10**9)
+    learner.density = 0.0
+    return learner
+
+
+def _one(learner, batch) -> tuple:
+    from gemscope.train._bank import encode
+
+    began = time.perf_counter()
+    with learner.clock("encode"):
+        (member,) = learner.members()
+        codes = encode(batch, member.w_enc, [member])
+    measured = learner.learn([batch], batch, codes)
+    return time.perf_counter() - began, measured
 
 
 def _floor(d_in: int, d_sae: int) -> dict[str, float]:
@@ -143,6 +167,32 @@ def _median(run) -> float:
         run()
         found.append(time.perf_counter() - began)
     return statistics.median(found[1:])
+
+
+def switch() -> Iterator[dict]:
+    """A step the dense way and the sparse way, by the share of entries that take part."""
+    for d_in, d_sae in ((256, 2_048), (1_152, 4_096)):
+        for share in (0.01, 0.03, 0.06, 0.12, 0.25):
+            yield {
+                "command": f"step, {BATCH} tokens, {d_in} x {d_sae}, share {share:g}",
+                "tokens": BATCH,
+            } | ours("switch", d_in, d_sae, share)
+
+
+def _switch(d_in: int, d_sae: int, share: float) -> dict:
+    import torch
+
+    x, took = _data(d_in, 6), {}
+    for way, density in (("dense", 1.0), ("sparse", 0.0)):
+        learner = _learner("jumprelu", x, d_sae, share * d_sae)
+        found = []
+        with torch.no_grad():
+            for batch in x.split(BATCH):
+                learner.density = density
+                found.append(_one(learner, batch)[0])
+        took[way] = statistics.median(found[2:])
+    return {"seconds": took["sparse"], "dense_seconds": took["dense"],
+            "ratio_to_dense": took["sparse"] / took["dense"]}  # fmt: skip
 
 
 def many(tokens: int = 200_000) -> Iterator[dict]:
@@ -221,5 +271,7 @@ if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "step":
         print(json.dumps(_step(rest[0], int(rest[1]), int(rest[2]))))
+    elif what == "switch":
+        print(json.dumps(_switch(int(rest[0]), int(rest[1]), float(rest[2]))))
     else:
         print(json.dumps(_many(rest[0], int(rest[1]))))

@@ -52,7 +52,7 @@ def test_json_is_the_manifest_and_a_short_text_is_told(command, tmp_path, file):
     [
         ({"--sites": "0-2"}, r"--sites '0-2' does not end in a stream; write LAYERS.STREAM"),
         ({"--sites": "9.resid_post"}, r"9.resid_post is not in gemscope/miniature: its layers are"),
-        ({"--sites": "1.resid"}, r"no such"),
+        ({"--sites": "1.resid"}, r"no stream named 'resid'; nearest: resid_pre"),
         (
             {"--dtype": "float16"},
             r"no such type of a store: 'float16'; use float32, bfloat16, int8",

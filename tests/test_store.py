@@ -229,7 +229,7 @@ def test_killed_it_goes_on_to_the_same_bytes(miniature, rows, store, tmp_path, l
     assert not scratch.exists()
 
 
-@pytest.mark.parametrize("after", [2, 9])
+@pytest.mark.parametrize("after", [2, 7])
 def test_stopped_it_goes_on_to_the_same_bytes(miniature, rows, store, tmp_path, after):
     asked = []
     with pytest.raises(Stopped, match=r"what is written is kept: run the same command to go on"):
@@ -305,6 +305,8 @@ print((max(most) - before) / 2**20)
 @pytest.mark.slow
 def test_memory_is_what_was_given(tmp_path):
     command = [sys.executable, "-c", _MEMORY, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # What is held, and not what the allocator keeps of the model's own tensors for later.
+    returning = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=returning)
     # 336 MiB of activations through 48, of which the first run has shown 16.
-    assert float(done.stdout) <= 48 - 16 + 8
+    assert float(done.stdout) <= 48 - 16

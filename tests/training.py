@@ -24,7 +24,7 @@ KINDS = [
     {"name": "w{width}-s{seed}", "reads": "1.resid_post", "d_sae": [64, 128], "seed": [0, 1],
      "l0": 8, "sparsity": {"aim": 0.02, "frequency": 1e-3}},
     {"name": "topk", "reads": "1.resid_post", "d_sae": 96, "l0": 6, "activation": "topk",
-     "auxk": {"features": 16, "dead_after": 600}},
+     "auxk": {"features": 16, "dead_after": 200}},
     {"name": "batch-topk", "reads": "1.resid_post", "d_sae": 96, "l0": 6,
      "activation": "batch-topk", "optimizer": {"beta1": 0.9, "clip": 0.5}},
     {"name": "matryoshka", "reads": "1.resid_post", "d_sae": 96, "l0": 6, "prefixes": [24, 48]},

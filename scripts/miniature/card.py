@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from gemscope.evaluate import Settings, evaluate
 from gemscope.lm import load_model
 
 PUBLISHED = Path(hub.__file__).parent / "published.json"
+TOKENS = 40_000
+"""Held-out tokens that every dictionary is measured on."""
 KEPT = (
     "l0", "fvu", "fvu_global", "mse", "cosine", "loss_clean", "loss_spliced", "delta_loss", "kl",
     "loss_recovered_zero", "loss_recovered_mean", "dead_fraction",
@@ -51,14 +54,14 @@ def main() -> None:
     nats, bits, tokens = held_out_loss(model)
     entries = hub.catalog(release="miniature")
     documents = read_text(BUNDLED)
-    results = evaluate(
-        model, [hub.build(e) for e in entries], documents, Settings(tokens=10**9),
-        lambda what, done, total: print(f"  {what}: {done}/{total}", flush=True),
-    )  # fmt: skip
-    rows = [
-        (e, r.metrics, _trained(work, e.address)) for e, r in zip(entries, results, strict=True)
-    ]
-    _write_published(rows, tokens)
+    settings = Settings(tokens=TOKENS, context=model.max_context)
+    rows = []
+    for entry in entries:
+        began = time.monotonic()
+        (result,) = evaluate(model, [hub.build(entry)], documents, settings)
+        rows.append((entry, result.metrics, _trained(work, entry.address)))
+        print(f"  {entry.address}: {time.monotonic() - began:.0f} s", flush=True)
+    _write_published(rows)
     last = json.loads((work / "training.jsonl").read_text().splitlines()[-1])
     size = sum(f.stat().st_size for f in miniature.MODEL.iterdir())
     card = _CARD.format(
@@ -75,6 +78,9 @@ def main() -> None:
         nats=nats,
         bits=bits,
         tokens=tokens,
+        scope=sum(f.stat().st_size for f in miniature.SCOPE.rglob("*") if f.is_file()) / 1e6,
+        seen=rows[0][2]["tokens"],
+        measured=TOKENS,
         table="\n".join(_row(*row) for row in rows),
     )
     (miniature.MODEL.parent / "MODEL_CARD.md").write_text(card, "utf-8")
@@ -82,18 +88,19 @@ def main() -> None:
 
 
 def _trained(work: Path, address: str) -> dict:
-    run = work / "runs" / address.split("/", 1)[1]
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    name = address.split("/", 1)[1]
+    lines = (work / "scope" / "metrics" / f"{name}.jsonl").read_text("utf-8").splitlines()
+    return json.loads(lines[-1])
 
 
-def _write_published(rows: list, tokens: int) -> None:
+def _write_published(rows: list) -> None:
     known = json.loads(PUBLISHED.read_text("utf-8"))
     known = [k for k in known if not k["address"].startswith("miniature/")]
     for entry, metrics, _ in rows:
         facts = {
             "address": entry.address,
             "model": entry.model,
-            "source": f"its makers, on all {tokens:,} tokens of the bundled held-out text, float32",
+            "source": f"its makers, on {TOKENS:,} tokens of the bundled held-out text, float32",
         }
         known.append(facts | {name: round(metrics[name], 6) for name in KEPT})
     PUBLISHED.write_text(json.dumps(known, indent=2) + "\n", "utf-8")
@@ -107,8 +114,8 @@ def _text(split) -> str:
 def _row(entry, m: dict, trained: dict) -> str:
     return (
         f"| `{entry.address}` | {entry.d_sae:,} | {entry.l0:g} | {m['l0']:.1f} | {m['fvu']:.3f} | "
-        f"{m['delta_loss']:.3f} | {m['loss_recovered_mean']:.1%} | {m['dead_fraction']:.2%} | "
-        f"{trained['dead']:.2%} | {trained['seconds'] / 60:.0f} min |"
+        f"{m['delta_loss']:.3f} | {m['loss_recovered_mean']:.1%} | {trained['dead']:.2%} | "
+        f"{m['dead_fraction']:.2%} |"
     )
 
 
@@ -139,11 +146,14 @@ text.
 
 ## The dictionaries
 
-Gemma Scope 2's layout; matrices in bfloat16, vectors in float32. Trained by `gemscope train` with
-`configs/miniature/`, 4 million tokens each. Measured on all of the held-out text in float32.
+Gemma Scope 2's layout; matrices in bfloat16, vectors in float32: {scope:.1f} MB. All were trained
+in one pass over the model, on the same {seen:,} tokens, by `gemscope train` with
+`scripts/miniature/scope.yaml`. Measured on {measured:,} tokens of the held-out text in float32;
+dead features are those that the last 100,000 tokens of training did not fire, silent ones those
+that the held-out tokens did not.
 
-| address | features | nominal L0 | L0 | FVU | delta loss, nats | recovered of mean ablation | silent on held-out text | silent on the last 2M training tokens | training |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|
+| address | features | nominal L0 | L0 | FVU | delta loss, nats | recovered of mean ablation | dead | silent |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|
 {table}
 
 ## Licences

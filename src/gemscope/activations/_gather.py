@@ -106,7 +106,8 @@ class Gather:
             start, place = start + bucket.tokens, place + 1
 
     def _of(self, bucket: Bucket, skip: int) -> Iterator[np.ndarray]:
-        records = np.fromfile(bucket.file(self.progress.scratch), np.uint8)
+        size = bucket.tokens * self.record
+        records = np.fromfile(bucket.file(self.progress.scratch), np.uint8, size)
         records = records.reshape(bucket.tokens, self.record)
         order = np.argsort(keys_of(records), kind="stable")
         step = max(1, _PIECE // self.record)

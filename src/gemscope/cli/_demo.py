@@ -17,6 +17,13 @@ _TEXT = """def mean(values):
         raise ValueError("empty")
 """
 _TOKENS = 16_384
+_SHOWN = (
+    "miniature/resid_post_all/layer_1_width_384_l0_big",
+    "miniature/resid_post/layer_3_width_2k_l0_medium",
+    "miniature/resid_post_all/layer_5_width_384_l0_big",
+    "miniature/transcoder_all/layer_3_width_192_l0_small_affine",
+)
+"""Four of the bundled dictionaries: all of them take minutes."""
 
 
 def _beginnings(tokens: int) -> list["Document"]:
@@ -42,10 +49,11 @@ def demo(
 
     began = time.monotonic()
     to = console()
-    entries = hub.catalog(release="miniature")
+    entries, bundled = [hub.locate(a) for a in _SHOWN], len(hub.catalog(release="miniature"))
     to.print(
-        f"[bold]gemscope demo[/bold]: {len(entries)} dictionaries of the miniature, a small "
-        "Gemma 3 trained on\nPython's standard library, spliced into it on modules it never saw.\n"
+        f"[bold]gemscope demo[/bold]: {len(entries)} of the {bundled} dictionaries of the miniature, "
+        "a small Gemma 3 trained\non Python's standard library, spliced into it on modules it "
+        "never saw.\n"
     )
     records, page = _eval.run(
         [entry.address for entry in entries],
@@ -64,5 +72,5 @@ def demo(
     to.print(
         f"\nThe report: {page} (open it in a browser)\n"
         f'Next: gemscope look "import os" --sae {chosen.address}\n'
-        f"      gemscope list\n[dim]{time.monotonic() - began:.0f} seconds[/dim]"
+        f"      gemscope eval 'miniature/*'\n      gemscope list miniature\n[dim]{time.monotonic() - began:.0f} seconds[/dim]"
     )

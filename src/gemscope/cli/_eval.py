@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
-    addresses: Annotated[list[str], typer.Argument(help="Catalog addresses, local folders, or owner/repo/path.")],
+    addresses: Annotated[list[str], typer.Argument(help="Catalog addresses, local folders, owner/repo/path, or a pattern of catalog addresses, 'miniature/*'.")],
     model: Annotated[str | None, typer.Option(help="Model to splice into; default: the dictionary's own.")] = None,
     text: Annotated[str | None, typer.Option(help="A text file, folder or glob pattern; default: the bundled held-out text.")] = None,
     dataset: Annotated[str | None, typer.Option(help="A data set of the hub, OWNER/NAME[:SPLIT[:COLUMN]].")] = None,
@@ -93,7 +93,7 @@ def run(
     from gemscope import corpus, hub
 
     said = given(reads, writes, model)
-    entries = [hub.obtain(hub.locate(address, said)) for address in dict.fromkeys(addresses)]
+    entries = [hub.obtain(hub.locate(address, said)) for address in _each(addresses)]
     models = sorted({entry.model for entry in entries})
     if model is None and len(models) > 1:
         raise InputError(f"these dictionaries belong to several models: {', '.join(models)}; "
@@ -121,6 +121,26 @@ def run(
         ]
         page = ev.write_report(folder, records, title=f"{title}: {lm.name or model or models[0]}")
     return records, page
+
+
+def _each(addresses: list[str]) -> list[str]:
+    """The addresses, each once, with patterns replaced by the catalog addresses they match."""
+    from fnmatch import fnmatchcase
+
+    from gemscope import hub
+
+    found: list[str] = []
+    for address in addresses:
+        if "*" not in address:
+            found.append(address)
+            continue
+        matching = [e.address for e in hub.catalog() if fnmatchcase(e.address, address)]
+        if not matching:
+            raise InputError(
+                f"no address of the catalog matches {address}; gemscope list shows them"
+            )
+        found += matching
+    return list(dict.fromkeys(found))
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ import typer
 
 from gemscope.errors import InputError
 
-from ._show import console, number
+from ._show import console
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -66,12 +66,12 @@ def _watching(config: "TrainConfig") -> Iterator["_View"]:
     """A table on a terminal's stderr, a line now and then where stderr is something else."""
     to = console(stderr=True)
     if not to.is_interactive:
-        lines = _View(config, lambda view, p: print(view.line(p), file=sys.stderr, flush=True))
+        lines = _View(config, lambda view, p: _say(view.line(p)))
         lines.pause = _SELDOM
         count = len(config.artefacts)
         many = f"{count} artefacts" if count > 1 else "1 artefact"
         what = f"{config.steps:,} steps of {config.data.batch:,} tokens"
-        print(f"training {many} of {config.model}: {what}", file=sys.stderr, flush=True)
+        lines.opening = f"training {many} of {config.model}: {what}"
         yield lines
         return
 
@@ -92,6 +92,7 @@ class _View:
         self.config, self.show, self.pause = config, show, _OFTEN
         self.pace = _Pace(config)
         self.floor: Floor | None = None
+        self.opening: str | None = None
         self._next = 0.0
         self._order: list[str] = []
         self._ordered = 0.0
@@ -99,6 +100,8 @@ class _View:
     def begun(self, floor: "Floor") -> None:
         """Training begins; a step takes `floor` at least."""
         self.floor = floor
+        if self.opening:  # not before: a mistake is told in one line
+            _say(self.opening)
 
     def report(self, progress: "Progress") -> None:
         """Take note of a step."""
@@ -119,7 +122,8 @@ class _View:
         out = [f"{self.config.data.batch / step:,.0f} tokens/s"]
         out.append(f"ETA {left}" if p.step < p.steps else "finishing")
         if self.floor is not None:
-            out.append(f"{number(step / self.floor.seconds, 2 + (step > 100))}x floor")
+            ratio = step / self.floor.seconds
+            out.append(f"{ratio:.1f}x floor" if ratio < 100 else f"{ratio:,.0f}x floor")
         return out
 
     def line(self, p: "Progress") -> str:
@@ -135,7 +139,7 @@ class _View:
             best = min(s.fvu for s in p.standings)
             parts.append(f"FVU {best:.3f} to {worst.fvu:.3f} ({worst.name})")
             parts.append(f"L0 at worst {_l0(off)} ({off.name})")
-            parts.append(f"dead up to {dead.dead:.1%} ({dead.name})")
+            parts.append(f"dead up to {dead.dead:.1%} ({dead.name})" if dead.dead else "dead 0.0%")
         return "; ".join([*parts, _sections(p)])
 
     def table(self, p: "Progress", to: "Console") -> "RenderableType":
@@ -161,10 +165,10 @@ class _View:
         room = max(8, width - 40)
         for row in self._rows(p.standings, max(3, min(_MOST, height - 4))):
             if isinstance(row, str):
-                body.add_row(Text(_end(row, room), "dim"))
+                body.add_row(Text(row if len(row) <= room else row.partition(",")[0], "dim"))
             else:
                 cells = [f"{row.fvu:.3f}", _l0(row), f"{row.dead:.1%}"]
-                body.add_row(Text(_end(row.name, room)), number(row.loss), *cells)
+                body.add_row(Text(_end(row.name, room)), _loss(row), *cells)
         last = Text(_sections(p), "dim", no_wrap=True, overflow="ellipsis")
         return Group(head, body, last)
 
@@ -217,8 +221,16 @@ class _Pace:
         return (p.steps - p.step) * (self.step_seconds or 0.0) + looks * self._look
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _told(s: "Standing") -> str:
-    return f"loss {number(s.loss)}, FVU {s.fvu:.3f}, L0 {_l0(s)}, dead {s.dead:.1%}"
+    return f"loss {_loss(s)}, FVU {s.fvu:.3f}, L0 {_l0(s)}, dead {s.dead:.1%}"
+
+
+def _loss(s: "Standing") -> str:
+    return f"{s.loss:.4f}" if abs(s.loss) < 100 else f"{s.loss:.4g}"
 
 
 def _l0(s: "Standing") -> str:

@@ -10,6 +10,7 @@ from ._cross_layer import Layer as Layer
 from ._encode import Encoder as Encoder
 from ._kernels import row_offsets as row_offsets
 from ._kernels import sampled_products as sampled_products
+from ._kernels import triton_runs as triton_runs
 from ._kernels import weighted_sums as weighted_sums
 from ._origin import Origin as Origin
 from ._sae import SAE as SAE

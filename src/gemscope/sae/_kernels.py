@@ -24,7 +24,7 @@ _FEW = 64
 def fused(*tensors: Tensor) -> ModuleType | None:
     """The kernels for CUDA, where they run and no gradient is asked for: they have none."""
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if wanted or not _triton_runs(tensors[0].device):
+    if wanted or not triton_runs(tensors[0].device):
         return None
     from . import _triton  # imports Triton
 
@@ -32,7 +32,7 @@ def fused(*tensors: Tensor) -> ModuleType | None:
 
 
 @cache
-def _triton_runs(device: torch.device) -> bool:
+def triton_runs(device: torch.device) -> bool:
     """Whether Triton is there and knows `device`: an NVIDIA GPU from Ampere on."""
     if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
         return False

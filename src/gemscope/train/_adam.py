@@ -6,11 +6,12 @@ whole: per parameter, a step reads and writes the weight and its second moment a
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
-from importlib.util import find_spec
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from gemscope.sae import triton_runs
 
 from ._config import Optimizer
 
@@ -42,14 +43,20 @@ class Adam:
         self._lr = lr / (1 - o.beta1**self.step)
         self._root = 1 / math.sqrt(1 - o.beta2**self.step)
 
-    def whole(self, name: str, parameter: Tensor, gradient: Tensor, scale: float = 1.0) -> None:
+    def whole(
+        self,
+        name: str,
+        parameter: Float[Tensor, "..."],
+        gradient: Float[Tensor, "..."],
+        scale: float = 1.0,
+    ) -> None:
         """Update a small parameter at `scale` times the rate."""
         self._update(name, slice(None), parameter, gradient, scale)
 
     def rows(
         self,
         name: str,
-        parameter: Tensor,
+        parameter: Float[Tensor, "n_rows d"],
         first: int,
         gradient: Callable[[int, int], Tensor],
         stop: int,
@@ -72,7 +79,7 @@ class Adam:
 
     def _fused(self, name: str, some: slice, rows: Tensor, g: Tensor, *, unit: bool) -> bool:
         """Do it in one kernel, where there is one."""
-        if not _triton_runs(rows.device):
+        if not triton_runs(rows.device):
             return False
         from ._triton import WIDEST, adam_rows  # imports Triton
 
@@ -97,22 +104,14 @@ class Adam:
         rows.addcdiv_(g, size, value=-self._lr * scale / self._root)
 
 
-@cache
-def _triton_runs(device: torch.device) -> bool:
-    """Whether Triton is there and knows `device`: an NVIDIA GPU from Ampere on."""
-    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def chunks(n_rows: int, like: Tensor) -> Iterator[tuple[int, int]]:
+def chunks(n_rows: int, like: Float[Tensor, "..."]) -> Iterator[tuple[int, int]]:
     """Runs of rows to go through `n_rows` in; all at once where caches are not the point."""
     step = n_rows if like.device.type != "cpu" else max(32, _CHUNK // like.shape[1])
     for start in range(0, n_rows, max(step, 1)):
         yield start, min(start + step, n_rows)
 
 
-def remove_parallel(gradient: Tensor, rows: Tensor) -> None:
+def remove_parallel(gradient: Float[Tensor, "n_rows d"], rows: Float[Tensor, "n_rows d"]) -> None:
     """Take out of `gradient`, in place, what only lengthens the unit vectors `rows`."""
     along = (gradient * rows).sum(1, keepdim=True)
     gradient.addcmul_(along, rows, value=-1)

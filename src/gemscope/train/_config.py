@@ -1,6 +1,7 @@
 """What a training run is, as typed and validated YAML: one model pass, any number of artefacts."""
 
 from itertools import pairwise
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -234,6 +235,13 @@ class Evaluation(_Strict):
     text: str = "miniature"
 
 
+_OF_THE_RUN = (
+    "checkpoint", "metrics", "figures", "config.yaml", "evaluations.jsonl", "run.json",
+    "report.md", "report.json", "report.html",
+)  # fmt: skip
+"""What a run writes into `out` beside its artefacts."""
+
+
 class TrainConfig(_Strict):
     """A run."""
 
@@ -257,6 +265,11 @@ class TrainConfig(_Strict):
                 f"two artefacts are called {twice}; put what they differ in into name, such as "
                 "{layer}, {width}, {l0}, {seed}"
             )
+        if of_run := next((n for n in names if n.partition("/")[0] in _OF_THE_RUN), None):
+            raise ValueError(f"name {of_run} is where a run's own files are; choose another")
+        for inner, outer in ((n, str(p)) for n in names for p in PurePosixPath(n).parents):
+            if outer in names:
+                raise ValueError(f"{inner} lies in {outer}, which is an artefact itself")
         if any(a.end_to_end for a in self.artefacts):
             if len({str(a.reads) for a in self.artefacts}) > 1 or self.data.store:
                 raise ValueError("end_to_end needs text, and artefacts of one site")

@@ -36,7 +36,7 @@ class Curve:
         known = [line for line in self.lines if line.get(key) is not None]
         step = max(1, -(-len(known) // _POINTS))
         some = known[(len(known) - 1) % step :: step]  # the last one among them
-        return [line["tokens"] for line in some], [line[key] for line in some]
+        return [float(line["tokens"]) for line in some], [float(line[key]) for line in some]
 
 
 _METRICS = {

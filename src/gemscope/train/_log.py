@@ -7,6 +7,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,7 +86,7 @@ class Logs:
     def _send(self, progress: Progress) -> None:
         told = _flat(progress)
         for service, module in list(self._open.items()):
-            self._try(service, lambda m=module: m.log(told, step=progress.step))
+            self._try(service, partial(module.log, told, step=progress.step))
 
     def _try(self, service: str, work: Callable[[], object]) -> None:
         # Everything is in the run's folder too: no failure of a service is worth a run.

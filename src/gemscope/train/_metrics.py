@@ -111,4 +111,4 @@ def _step_of(line: str) -> float:
 
 
 def _zeros() -> dict[str, float]:
-    return {"steps": 0, "loss": 0.0, "error": 0.0, "l0": 0.0, "kl": 0.0}
+    return dict.fromkeys(("steps", "loss", "error", "l0", "kl"), 0.0)

@@ -118,7 +118,8 @@ def _name(one: Mapping[str, Any]) -> str:
             f"name {template!r} holds other than {', '.join('{' + k + '}' for k in known)}"
         ) from None
     path = PurePosixPath(name)
-    if not re.fullmatch(r"[A-Za-z0-9_.,/-]+", name) or path.is_absolute() or ".." in path.parts:
+    legal = re.fullmatch(r"[A-Za-z0-9_.,/-]+", name) and path.parts
+    if not legal or path.is_absolute() or ".." in path.parts:
         raise InputError(
             f"name {name!r} is not the name of a folder: letters, digits and _ . - , / are, "
             "and no .."

@@ -92,7 +92,8 @@ def write_training_report(folder: Path) -> Path:
     `folder`, finished or not; the page's path.
     """
     config = read_config(folder / "config.yaml")
-    lines, looks = {}, _lines(folder / _LOOKS)
+    lines: Lines = {}
+    looks = _lines(folder / _LOOKS)
     for a in config.artefacts:
         lines |= _lines(metrics_file(folder, a.name))
     if not lines:
@@ -235,7 +236,9 @@ def _now() -> str:
 
 
 def duration(seconds: float) -> str:
-    """`3 h 07 min`, `4 min 9 s`, `12 s`."""
+    """`3 h 07 min`, `4 min 9 s`, `12 s`, `350 ms`."""
+    if seconds < 10:
+        return short_time(seconds)
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:

@@ -59,8 +59,10 @@ def train(
     checkpoints = Checkpoints(folder)
     if resume and not checkpoints.exists():
         raise InputError(f"nothing to resume: no checkpoint in {folder}; leave --resume out")
-    if (folder / "config.yaml").is_file() and not checkpoints.exists() and _finished(config):
-        raise InputError(f"{folder} is finished; choose another out, or remove that folder")
+    if not checkpoints.exists() and (there := _there(config)):
+        # Refused now: after training it would be too late.
+        told = "is finished" if len(there) == len(config.artefacts) else f"holds {there[0]} already"
+        raise InputError(f"{folder} {told}; choose another out, or remove that folder")
     _prepare(folder)
     with _signals() as received, logging(config) as logs:
         model = model or _model(config)
@@ -86,7 +88,9 @@ def train(
             f"{folder}: give more data, or larger epochs, and run the command again"
         )
     for learner in trainer.learners:
-        write_artefact(folder / learner.config.name, learner, config, model)
+        artefact = folder / learner.config.name
+        if not artefact.exists():  # or it was written before an interruption
+            write_artefact(artefact, learner, config, model)
     looks.at_the_end()
     write_training_report(folder)
     checkpoints.remove()
@@ -126,8 +130,8 @@ def _model(config: TrainConfig) -> LanguageModel:
     return load_model(config.model, dtype=config.model_dtype)
 
 
-def _finished(config: TrainConfig) -> bool:
-    return all((Path(config.out) / a.name).is_dir() for a in config.artefacts)
+def _there(config: TrainConfig) -> list[str]:
+    return [a.name for a in config.artefacts if (Path(config.out) / a.name).exists()]
 
 
 def _source(config: TrainConfig, model: LanguageModel) -> Source:

@@ -115,7 +115,7 @@ class Trainer:
                     self.save(folder)
                     saved = self.step
                 look(self.step)
-        if saved != self.step and self.step < self.config.steps:
+        if saved != self.step:  # at the end too: what is left to do may be interrupted
             self.save(folder)
         return self.step >= self.config.steps
 
