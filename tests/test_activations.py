@@ -1,5 +1,6 @@
 """The stream: every token once an epoch, well mixed, in bounded memory, resumable."""
 
+import itertools
 import subprocess
 import sys
 from collections import Counter
@@ -83,6 +84,11 @@ def test_blocks_and_rounds_add_up(per_epoch, generator):
             seen.update((round_ - k, int(place)) for place in part)
         count = sum(map(len, parts))
         assert sorted(blocks.mixed(round_).tolist()) == list(range(count))
+        if count > 400:  # any quarter of the round has as good as a quarter of each part
+            quarter, ends = blocks.mixed(round_)[: count // 4], [len(part) for part in parts]
+            for length, of_part in zip(ends, _split(quarter, ends), strict=True):
+                # Five standard deviations of a sample without replacement.
+                assert abs(of_part - length / 4) < 5 * (length * 3 / 16) ** 0.5
         held_most = max(held_most, blocks.ahead(round_ + 1) - served)
         served += count
     assert set(seen.values()) == {1}
@@ -92,6 +98,12 @@ def test_blocks_and_rounds_add_up(per_epoch, generator):
         rows = [r for place in range(per_epoch) for r in blocks.rows(epoch * per_epoch + place)]
         assert sorted(rows) == list(range(90))
     assert held_most <= 2.5 * blocks.tokens / per_epoch + 50 + PARTS
+
+
+def _split(places, lengths):
+    """How many of `places` are in each of the runs of `lengths`."""
+    edges = torch.tensor([0, *lengths]).cumsum(0)
+    return [int(((a <= places) & (places < b)).sum()) for a, b in itertools.pairwise(edges)]
 
 
 def test_positions_name_places_of_the_row():

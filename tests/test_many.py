@@ -100,7 +100,7 @@ def test_lists_stand_for_all_combinations(tmp_path):
     assert names[0] == "resid_post-1-1k-8-0"
     assert "resid_post-2-4k-16-1" in names
     assert names[-4:] == [
-        "t-jumprelu", "t-batch-topk", "t-jumprelu_affine", "t-batch-topk_affine",
+        "t-jumprelu", "t-jumprelu_affine", "t-batch-topk", "t-batch-topk_affine",
     ]  # fmt: skip
     by_name = {a.name: a for a in chosen.artefacts}
     found = by_name["resid_post-2-4k-16-1"]

@@ -71,7 +71,7 @@ def test_what_the_tests_of_resuming_rely_on_is_there(tmp_path):
     run = trainer(config(tmp_path / "run", *KINDS))
     advanced(run, 12)
     by_name = {x.config.name: x for x in run.learners}
-    assert (by_name["topk"].silent[0] >= 200).any()
+    assert (by_name["topk"].silent[0] >= 128).any()
     assert by_name["w64-s0"].aim != 8
     assert by_name["topk"].floor > 0
     assert by_name["batch-topk"].adam.first
@@ -107,6 +107,32 @@ def test_metrics_past_the_checkpoint_are_taken_back(tmp_path):
     trainer(chosen).restore(tmp_path / "run")
     steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+
+
+def test_a_line_of_metrics_under_way_is_the_same(tmp_path):
+    """A checkpoint between two lines holds the sums of the next."""
+    told = []
+    for parts in ([6], [4, 2]):
+        chosen = config(tmp_path / "run", data__tokens=128 * 1_203)
+        for n in parts:
+            run = trainer(chosen)
+            assert run.metrics.every == 3
+            if Checkpoints(tmp_path / "run").exists():
+                run.restore(tmp_path / "run")
+            for measured in advanced_with(run, n):
+                run.metrics.add(run.step, measured, tmp_path / "run")
+            run.save(tmp_path / "run")
+        file = tmp_path / "run" / "metrics" / "sae.jsonl"
+        told.append(file.read_text())
+        file.unlink()
+        Checkpoints(tmp_path / "run").remove()
+    assert told[0] == told[1]
+    assert len(told[0].splitlines()) == 2
+
+
+def advanced_with(run, steps):
+    for _ in range(steps):
+        yield advanced(run, 1)[0]
 
 
 def test_a_checkpoint_half_written_is_none(tmp_path):
@@ -199,7 +225,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     run.save(tmp_path / "run")
     before = [f.read_bytes() for f in sorted((tmp_path / "run").rglob("*")) if f.is_file()]
     run = trainer(chosen)
-    with pytest.raises(InputError, match=r"sae diverged: .* step \d+; lower its optimizer\.lr or"):
+    with pytest.raises(
+        InputError, match=r"sae diverged: its loss is (nan|inf) at step \d+; lower its optim"
+    ):
         run.train(tmp_path / "run")
     kept = [f for f in sorted((tmp_path / "run" / "checkpoint").rglob("*")) if f.is_file()]
     assert [f.read_bytes() for f in kept] == before
@@ -233,7 +261,7 @@ def test_the_artefact_is_the_trained_function(miniature, tmp_path):
             mine = w.pre_activations(i, x / s.c_in[i]) * s.c_out[i]
             torch.testing.assert_close(z, mine, rtol=1e-4, atol=1e-4 * float(z.abs().max()))
             if a.activation == "topk":
-                f = torch.zeros_like(z).scatter(1, z.topk(6).indices, z.topk(6).values).relu()
+                f = torch.zeros_like(z).scatter(1, z.topk(3).indices, z.topk(3).values).relu()
             else:
                 torch.testing.assert_close(part.threshold, w.threshold[i] * s.c_out[i])
                 f = z * (z > part.threshold)
@@ -250,8 +278,7 @@ def test_the_artefact_is_the_trained_function(miniature, tmp_path):
                 torch.testing.assert_close(x @ part.skip, skip, rtol=1e-4, atol=1e-3)
         y = torch.cat([raw[site][:300] for site in writes], 1)
         missed = (torch.cat(outs, 1) - y).square().sum() / (y - y.mean(0)).square().sum()
-        (line,) = (x for x in run.metrics.standings() or [] if x.name == a.name) or (None,)
-        assert 0 < float(missed) < 1.2, (a.name, line)
+        assert 0 < float(missed) < 2, a.name  # after six steps
 
 
 def test_a_run_leaves_a_release(miniature, tmp_path):

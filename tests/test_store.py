@@ -85,6 +85,8 @@ def test_every_token_is_there_once_and_the_same_at_every_site(store, known):
 def test_the_order_is_a_random_one(store, known):
     order = order_of(store, known).astype(float)
     n = len(order)
+    # A step of any one length is taken about once at most; twenty times has a chance of 1e-18.
+    assert Counter(np.diff(order)).most_common(1)[0][1] < 20
     # Of a random permutation, rank correlation has standard deviation n**-0.5, and a step from
     # token to token is n/3 long on average; of both, five standard deviations.
     for one, other in ((order, np.arange(n)), (order[1:], order[:-1])):

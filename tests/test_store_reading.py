@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from gemscope.activations import ActivationBatch, Position, Source, harvest, open_store
+from gemscope.activations._serving import Serving
 from gemscope.corpus import contexts, read_text
 from gemscope.errors import InputError
 from gemscope.sites import Site
@@ -84,6 +85,20 @@ def test_each_epoch_has_batches_of_its_own(store):
             assert common.total() < 500
     other = take(opened(store, batch=500, seed=3), 1)[0]
     assert not torch.equal(other.values[SITE], first[0].values[SITE])
+
+
+def test_later_epochs_make_batches_up_anew(store):
+    held = opened(store).manifest.contents.model_copy(update={"chunk": 128})
+    serving = Serving(held, batch=300, seed=0)
+    orders = []
+    for epoch in range(2):
+        begin = epoch * TOKENS
+        pieces = list(serving.pieces(begin, begin + TOKENS, epoch * held.shards))
+        assert sum(p.last - p.first for p in pieces) == TOKENS
+        assert len({(p.shard, p.chunk) for p in pieces}) == len(pieces)
+        orders.append([p.chunk for p in pieces if p.shard == 0])
+    stored, anew = orders
+    assert stored == sorted(anew) != anew
 
 
 @pytest.mark.parametrize("batch", [130, 300, 2_600])

@@ -1,297 +1,252 @@
-"""The reference trainer: gradients against an oracle, laws of the step, and nothing lost."""
+"""Laws of training, on activations made of known features: no language model is run."""
 
-import math
-import os
+import json
 
 import pytest
 import torch
 import yaml
-from training import CONFIG, config
+from training import KINDS, SAE, Held, advanced, config, planted, trainer
 
-from gemscope.activations import ActivationStream, Position
-from gemscope.corpus import contexts, read_text
-from gemscope.errors import InputError
 from gemscope.sites import Site
 from gemscope.train import Trainer, read_config
-from gemscope.train._dictionary import (
-    Scales,
-    align,
-    frequency_penalty,
-    initial,
-    l0_penalty,
-    measured_thresholds,
-    remove_parallel,
+from gemscope.train._adam import rate
+from gemscope.train._config import Optimizer
+from gemscope.train._weights import align, drawn, fit_skips, measure_thresholds
+
+PLAIN = {"name": "x", "reads": "1.resid_post", "d_sae": 96, "l0": 5}
+
+
+LONGER = {"data__tokens": 128 * 40, "optimizer__lr": 5e-3}
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def test_after_every_step_rows_are_unit_and_thresholds_positive(tmp_path):
+    run = trainer(config(tmp_path / "run", *KINDS))
+    for _ in range(4):
+        advanced(run, 1)
+        for x in run.learners:
+            for rows in x.weights.w_dec:
+                # A float32 norm of 64 entries, rounded.
+                torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), rtol=0,
+                                           atol=64 * 2.0**-24)  # fmt: skip
+            for threshold in x.weights.threshold:
+                assert threshold.dtype == torch.float32
+                assert threshold.min() > 0 or x.config.activation != "jumprelu"
+            assert all(v.isfinite().all() for v in x.weights.named().values())
+
+
+def test_the_scale_of_activations_is_no_matter(tmp_path):
+    """Twice the activations, to the last bit the same weights, and files twice as large."""
+    chosen = config(tmp_path / "run", *KINDS)
+    values = planted()
+    runs = [
+        Trainer(chosen, Held({s: v * scale for s, v in values.items()}, 128)) for scale in (1, 4)
+    ]
+    for run in runs:
+        advanced(run, 5)
+    for a, b in zip(runs[0].learners, runs[1].learners, strict=True):
+        for name, value in a.weights.named().items():
+            assert torch.equal(value, b.weights.named()[name]), (a.config.name, name)
+        one, four = a.weights.folded(a.scales), b.weights.folded(b.scales)
+        for small, large in zip(one, four, strict=True):
+            assert torch.equal(small.threshold * 4, large.threshold)
+            assert torch.equal(small.b_dec * 4, large.b_dec)
+            assert torch.equal(small.w_dec, large.w_dec)
+
+
+def test_training_learns_and_reaches_its_l0(tmp_path):
+    """With the target moved until the L0 itself is there."""
+    aimed = PLAIN | {"sparsity": {"aim": 0.05}}
+    run = trainer(config(tmp_path / "run", aimed, data__tokens=128 * 250, optimizer__lr=3e-3))
+    measured = [m[0] for m in advanced(run, 250)]
+    assert mean(m.error for m in measured[-20:]) < 0.5 * mean(m.error for m in measured[:10])
+    # 20 batches of 128 tokens: the L0's own noise is far below a hundredth.
+    assert mean(m.l0 for m in measured[-20:]) == pytest.approx(5, rel=0.05)
+
+
+def test_the_aim_goes_against_the_difference_and_stays_near(tmp_path):
+    run = trainer(config(tmp_path / "run", PLAIN | {"sparsity": {"aim": 0.25}}))
+    (learner,) = run.learners
+    aim = 5.0
+    for _ in range(6):
+        ((m,),) = advanced(run, 1)
+        aim = min(max(aim + 0.25 * (5 - m.l0), 2.5), 10)
+        assert learner.aim == pytest.approx(aim)
+    assert learner.aim == 2.5
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [{"coefficient": 0.3}, {"penalty": "linear", "coefficient": 0.1}, {"frequency": 0.5}],
 )
-
-
-def dictionary(*, transcoder=False, affine=False, threshold=0.05, d=12, m=40):
-    g = torch.Generator().manual_seed(5)
-    made = initial(
-        d, m, d, transcoder=transcoder, affine=affine, centre=torch.randn(d, generator=g) / d,
-        threshold=threshold, generator=g,
-    )  # fmt: skip
-    made.b_enc.copy_(torch.randn(m, generator=g) * 0.02)
-    made.threshold.copy_(torch.rand(m, generator=g) * 0.1 + 0.02)
-    for value in made.parameters().values():
-        value.requires_grad_()
-    return made
-
-
-def oracle_gradients(made, x, y, *, bandwidth, coefficient, target, frequency, scale):
-    """Gradients by float64 autograd, the two pseudo-derivatives of 2407.14435 put in by hand."""
-    p = {n: v.detach().double().requires_grad_() for n, v in made.parameters().items()}
-    x, y, theta = x.double(), y.double(), p["threshold"]
-    centred = x - p["b_dec"] if made.pre_bias else x
-    z = centred @ p["w_enc"] + p["b_enc"]
-    active = (z > theta).double().detach()
-    window = ((z - theta).abs() < bandwidth / 2).double().detach()
-    # Zero in value; the slope in theta of a unit step at each entry in the window.
-    jump = -(window / bandwidth) * (theta - theta.detach())
-    f = z * active + theta.detach() * jump
-    step = active + jump
-    out = f @ p["w_dec"] + p["b_dec"]
-    if "skip" in p:
-        out = out + x @ p["skip"]
-    loss = (
-        ((out - y) ** 2).sum(1).mean()
-        + coefficient * (2 / target) * ((step.sum(1) - target) ** 2).mean()
-        + frequency * (step.mean(0) ** 2).sum() / scale
-    )
-    gradients = torch.autograd.grad(loss, list(p.values()))
-    below = int((window * (1 - active)).sum())
-    return dict(zip(p, gradients, strict=True)), below
-
-
-@pytest.mark.parametrize(("transcoder", "affine"), [(False, False), (True, False), (True, True)])
-def test_gradients_against_float64(transcoder, affine):
-    made = dictionary(transcoder=transcoder, affine=affine)
-    g = torch.Generator().manual_seed(6)
-    x = torch.randn(64, 12, generator=g) / math.sqrt(12)
-    y = torch.randn(64, 12, generator=g) / math.sqrt(12) if transcoder else x
-    out = made(x, 0.05)
-    loss = (out.y - y).square().sum(1).mean()
-    loss = loss + 0.3 * l0_penalty(out.active, 7.0) + 0.2 * frequency_penalty(out.active, 0.1)
-    loss.backward()
-    expected, below = oracle_gradients(
-        made, x, y, bandwidth=0.05, coefficient=0.3, target=7.0, frequency=0.2, scale=0.1
-    )
-    assert below > 50, "the case holds silent features inside the lower half-window"
-    for name, value in expected.items():
-        got = getattr(made, name).grad.double()
-        # Sums of some hundred float32 terms; the threshold's are divided by the bandwidth.
-        scale = value.abs().max()
-        assert scale > 1e-3
-        assert (got - value).abs().max() < 2e-5 * scale, name
-
-
-def test_the_lower_half_window_matters():
-    """A step that saw only what fires would give another threshold gradient."""
-    made = dictionary()
-    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(6)) / math.sqrt(12)
-    l0_penalty(made(x, 0.05).active, 7.0).backward()
-    z = made.pre_activations(x).detach()
-    theta = made.threshold.detach()
-    upper = ((z - theta).abs() < 0.025) & (z > theta)
-    slope = 4 / 7.0 * ((z > theta).sum(1) - 7.0) / 64
-    half = -(upper * slope[:, None]).sum(0) / 0.05
-    assert (made.threshold.grad - half).abs().max() > 0.1 * made.threshold.grad.abs().max()
-
-
-def test_scaling_everything_scales_the_features_and_nothing_else():
-    made = dictionary()
-    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(6)) / math.sqrt(12)
-    out, folded = made(x, 0.05), made.folded(Scales(37.0, 37.0))
-    f = 37.0 * x @ folded.w_enc + folded.b_enc
-    f = f * (f > folded.threshold)
-    torch.testing.assert_close(f, 37.0 * out.features.detach(), rtol=1e-4, atol=1e-4)
-    y = f @ folded.w_dec + folded.b_dec
-    torch.testing.assert_close(y, 37.0 * out.y.detach(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(folded.w_dec, made.w_dec.detach())
-
-
-def test_folding_a_transcoder_keeps_its_function():
-    made = dictionary(transcoder=True, affine=True)
-    with torch.no_grad():
-        made.skip.normal_(generator=torch.Generator().manual_seed(7))
-    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(6))
-    out, folded = made(x, 0.05), made.folded(Scales(3.0, 11.0))
-    raw = 3.0 * x
-    f = raw @ folded.w_enc + folded.b_enc
-    f = f * (f > folded.threshold)
-    assert ((f > 0).sum(1) == out.active.sum(1)).float().mean() > 0.98
-    y = f @ folded.w_dec + folded.b_dec + raw @ folded.skip
-    torch.testing.assert_close(y, 11.0 * out.y.detach(), rtol=1e-3, atol=2e-2)
-
-
-def test_a_step_uses_the_projected_gradient(miniature, rows, tmp_path):
-    trainer = Trainer(config(tmp_path), stream(miniature, rows))
-    for _ in range(3):
-        before = trainer.dictionary.w_dec.detach().clone()
-        advanced(trainer, 1)
-        gradient = trainer.dictionary.w_dec.grad
-        assert ((gradient * before).sum(1).abs() <= 1e-5 * gradient.norm(dim=1)).all()
-
-
-def test_the_projected_gradient_does_not_lengthen_a_row():
-    rows = torch.nn.functional.normalize(torch.randn(9, 5), dim=1)
-    gradient = torch.randn(9, 5)
-    remove_parallel(gradient, rows)
-    assert (gradient * rows).sum(1).abs().max() < 1e-6
-
-
-@pytest.fixture(scope="module")
-def rows(miniature):
-    return list(contexts(read_text("miniature"), miniature.tokenizer, length=64))
-
-
-def stream(miniature, rows, **changes):
-    site = Site.parse("2.resid_post")
-    options = {"batch": 512, "bucket": 2_048, "seed": 3} | changes
-    return ActivationStream(miniature, rows, site, site, **options)
-
-
-def test_the_stream_goes_on_where_it_stopped(miniature, rows):
-    whole = stream(miniature, rows[:100]).batches()
-    seen = [next(whole) for _ in range(15)]
-    again = stream(miniature, rows[:100]).batches(seen[6].after)
-    for expected, got in zip(seen[7:], again, strict=False):
-        assert torch.equal(expected.x, got.x)
-        assert expected.after == got.after
-
-
-def test_the_stream_serves_every_counted_token_once_an_epoch_and_never_bos(miniature, rows):
-    few = rows[:24]
-    source = stream(miniature, few, batch=64, bucket=512)
-    wanted = torch.cat(
-        [
-            miniature.run(text, read=[Site.parse("2.resid_post")])[Site.parse("2.resid_post")][
-                0, 1:
-            ]
-            for text in (miniature.tokenizer.decode(row.ids[1:]) for row in few[:2])
-        ]
-    )
-    served, batches = [], source.batches()
-    while True:
-        batch = next(batches)
-        served.append(batch.x)
-        if batch.after.bucket >= source.buckets:
-            break
-    served = torch.cat(served)
-    total = sum(len(row.ids) - 1 for row in few)
-    assert total - source.buckets * 64 < len(served) <= total
-    bos = miniature.run("a", read=[Site.parse("2.resid_post")])[Site.parse("2.resid_post")][0, 0]
-    assert torch.cdist(served, bos[None]).min() > 1e-2 * bos.norm()
-    found = (torch.cdist(wanted, served).amin(1) < 1e-2 * wanted.norm(dim=1)).float().mean()
-    assert found > 0.7
-
-
-def test_neighbours_in_the_text_are_not_neighbours_in_the_stream(miniature, rows):
-    x, _ = stream(miniature, rows[:100]).first_bucket()
-    x = x - x.mean(0)
-    along = torch.nn.functional.cosine_similarity(x[:-1], x[1:]).mean()
-    site = Site.parse("2.resid_post")
-    text = miniature.tokenizer.decode(rows[0].ids[1:])
-    y = miniature.run(text, read=[site])[site][0, 1:]
-    y = y - y.mean(0)
-    in_text = torch.nn.functional.cosine_similarity(y[:-1], y[1:]).mean()
-    assert abs(along) < 0.05 < in_text
-
-
-def advanced(trainer, steps):
-    batches = trainer.stream.batches(trainer.position)
-    return [trainer.advance(next(batches)) for _ in range(steps)]
-
-
-def test_after_every_step_rows_are_unit_and_thresholds_positive(miniature, rows, tmp_path):
-    trainer = Trainer(config(tmp_path), stream(miniature, rows))
-    for _ in range(5):
-        advanced(trainer, 1)
-        norms = trainer.dictionary.w_dec.detach().norm(dim=1)
-        torch.testing.assert_close(norms, torch.ones(64), rtol=1e-6, atol=1e-6)
-        assert trainer.dictionary.threshold.min() > 0
-        assert trainer.dictionary.threshold.dtype == torch.float32
-
-
-def test_training_learns_and_reaches_its_l0(miniature, rows, tmp_path):
-    chosen = config(tmp_path, data__tokens=512 * 250, sparsity__coefficient=0.05)
-    trainer = Trainer(chosen, stream(miniature, rows))
-    progress = advanced(trainer, 250)
-    early = sum(p.fvu for p in progress[:10]) / 10
-    late = progress[-10:]
-    assert sum(p.fvu for p in late) / 10 < 0.8 * early
-    assert sum(p.l0 for p in late) / 10 == pytest.approx(8, rel=0.15)
-
-
-def test_the_coefficient_changes_the_path(miniature, rows, tmp_path):
+def test_each_penalty_makes_features_rarer(sparsity, tmp_path):
     ends = []
-    for coefficient in (0.0, 0.1):
-        chosen = config(tmp_path, sparsity__coefficient=coefficient, data__tokens=512 * 60)
-        ends.append(advanced(Trainer(chosen, stream(miniature, rows)), 60)[-1].l0)
-    assert abs(ends[1] - 8) < abs(ends[0] - 8)
+    for given in ({"coefficient": 0.0}, {"coefficient": 0.0} | sparsity):
+        run = trainer(config(tmp_path / "run", PLAIN | {"sparsity": given}, **LONGER))
+        ends.append(mean(m.l0 for (m,) in advanced(run, 40)[-5:]))
+    assert ends[1] < 0.8 * ends[0]
 
 
-def test_the_learning_rate_follows_the_recipe(miniature, rows, tmp_path):
-    trainer = Trainer(config(tmp_path), stream(miniature, rows))
-    rates = []
-    for step in range(trainer.config.steps):
-        trainer.step = step
-        rates.append(trainer._rate() / 1e-3)
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[3:12] == pytest.approx([1.0] * 9)
-    assert rates[-1] == pytest.approx(1 / 12)
+def test_the_l1_penalty_makes_features_rarer(tmp_path):
+    ends = []
+    for coefficient in (0.0, 0.3):
+        given = {"penalty": "l1", "coefficient": coefficient}
+        run = trainer(
+            config(tmp_path / "run", PLAIN | {"activation": "relu", "sparsity": given}, **LONGER)
+        )
+        ends.append(mean(m.l0 for (m,) in advanced(run, 40)[-5:]))
+    assert ends[1] < 0.8 * ends[0]
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(miniature, rows, tmp_path, monkeypatch):
-    trainer = Trainer(config(tmp_path), stream(miniature, rows))
-    (progress,) = advanced(trainer, 1)
-    trainer.save(tmp_path, progress)
-    before = (tmp_path / "checkpoint.safetensors").read_bytes()
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="No space left on device; the one before it"):
-        trainer.save(tmp_path, progress)
-    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob("*.part"))
+def test_the_rate_of_thresholds_is_a_multiple(tmp_path):
+    moved = []
+    for factor in (1.0, 4.0):
+        run = trainer(config(tmp_path / "run", PLAIN, optimizer__threshold_lr=factor))
+        (learner,) = run.learners
+        before = {n: v.clone() for n, v in learner.weights.named().items()}
+        advanced(run, 1)
+        moved.append({n: float((v - before[n]).norm()) for n, v in learner.weights.named().items()})
+    assert moved[1]["threshold.0"] == pytest.approx(4 * moved[0]["threshold.0"], rel=1e-3)
+    assert moved[1]["w_enc.0"] == moved[0]["w_enc.0"]
 
 
-def test_positions_begin_at_the_beginning():
-    assert Position() == Position(0, 0)
+def test_the_learning_rate_follows_the_recipe():
+    o = Optimizer(lr=2.0, warm_up=4, decay=0.5)
+    rates = [rate(o, step, 20) for step in range(20)]
+    # A tenth, then half a cosine: at its middle in the middle.
+    assert rates[:5] == pytest.approx([0.2, 0.2 + 1.8 * 0.1464466, 1.1, 0.2 + 1.8 * 0.8535534, 2.0])
+    assert rates[5:11] == pytest.approx([2.0] * 6)
+    assert rates[11:] == pytest.approx([2.0 * left / 10 for left in range(9, 0, -1)])
+    assert {rate(Optimizer(lr=2.0, warm_up=0), step, 20) for step in range(20)} == {2.0}
 
 
-def test_numbers_may_be_written_as_everyone_writes_them(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(CONFIG | {"out": "x"}).replace("lr: 0.001", "lr: 1e-3"))
-    assert "1e-3" in file.read_text()
-    assert read_config(file).optimizer.lr == 1e-3
-    assert read_config(file, ["optimizer.lr=2E-4"]).optimizer.lr == 2e-4
+def test_features_at_the_start_fire_equally_often(tmp_path):
+    run = trainer(config(tmp_path / "run", PLAIN))
+    (learner,) = run.learners
+    x = planted()[Site.parse("1.resid_post")][:4_096] / learner.scales.c_in[0]
+    fires = learner.weights.pre_activations(0, x) > learner.weights.threshold[0]
+    wanted = round(4_096 * 16 / 96)
+    # The entry that is the threshold does not fire; a threshold is never 0.
+    assert ((fires.sum(0) - wanted).abs() <= 1).double().mean() > 0.95
 
 
-def test_what_is_read_must_come_before_what_is_written(tmp_path):
-    with pytest.raises(InputError, match=r"reads 3\.resid_post comes after writes 2\.resid_post"):
-        config(tmp_path, reads="3.resid_post")
+def transcoding(affine, tokens=400):
+    g = torch.Generator().manual_seed(2)
+    x = torch.nn.functional.normalize(torch.randn(tokens, 12, generator=g), dim=1)
+    linear = x @ torch.randn(12, 12, generator=g) / 12**0.5
+    y = torch.tanh(3 * x @ torch.randn(12, 12, generator=g)) / 12**0.5 + affine * linear + 0.3
+    w = drawn(12, 12, [40], sae=False, affine=affine, centre=y.mean(0), threshold=0.1, generator=g)
+    measure_thresholds(w, [x], 6.0)
+    return w, x, y
+
+
+def missed(w, x, y):
+    z = w.pre_activations(0, x)
+    made = (z * (z > w.threshold[0])) @ w.w_dec[0] + w.b_dec
+    if w.skip:
+        made = made + x @ w.skip[0]
+    return float((made - y).square().sum() / (y - y.mean(0)).square().sum())
 
 
 def test_a_transcoder_begins_with_features_that_explain_something():
     """After alignment the features reduce the error; before, they add to it."""
-    g = torch.Generator().manual_seed(2)
-    x = torch.nn.functional.normalize(torch.randn(400, 12, generator=g), dim=1)
-    y = torch.tanh(3 * x @ torch.randn(12, 12, generator=g)) / math.sqrt(12)
-    made = initial(
-        12, 40, 12, transcoder=True, affine=False, centre=y.mean(0), threshold=0.1, generator=g
-    )
-    made.threshold.copy_(measured_thresholds(made, x, 6.0))
-
-    def error():
-        return (made(x, 0.05).y - y).square().sum(1).mean()
-
-    variance = (y - y.mean(0)).square().sum(1).mean()
-    assert error() > variance
-    fired = made(x, 0.05).active
-    align(made, x, y)
-    assert error() < 0.95 * variance
+    w, x, y = transcoding(affine=False)
+    fired = w.pre_activations(0, x) > w.threshold[0]
+    assert missed(w, x, y) > 1
+    align(w, [x], y)
+    assert missed(w, x, y) < 0.95
     # Scaling moves no feature across its threshold, but for the token that is the threshold.
-    assert (made(x, 0.05).active == fired).float().mean() > 0.99
-    torch.testing.assert_close(made.w_dec.norm(dim=1), torch.ones(40))
+    assert ((w.pre_activations(0, x) > w.threshold[0]) == fired).float().mean() > 0.99
+    torch.testing.assert_close(w.w_dec[0].norm(dim=1), torch.ones(40))
+
+
+def test_a_skip_connection_begins_at_the_best_linear_map():
+    w, x, y = transcoding(affine=True)
+    fit_skips(w, [x], y)
+    made = x @ w.skip[0] + w.b_dec
+    one = torch.cat((x, torch.ones(len(x), 1)), 1).double()
+    best = one @ torch.linalg.lstsq(one, y.double()).solution
+    ours, least = ((m - y).square().sum() for m in (made.double(), best))
+    # The ridge is a hundredth of the mean variance: where that is, it shrinks by a hundredth.
+    assert least <= ours <= 1.01 * least
+    torch.testing.assert_close(made.mean(0), y.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_reconstructs_better_than_as_many_features_of_a_plain_one(tmp_path):
+    nested = PLAIN | {"name": "nested", "prefixes": [24, 48]}
+    run = trainer(config(tmp_path / "run", PLAIN, nested, data__tokens=128 * 100,
+                         optimizer__lr=3e-3))  # fmt: skip
+    advanced(run, 100)
+    x = planted()[Site.parse("1.resid_post")]
+    errors = []
+    for learner in run.learners:
+        w, y = learner.weights, x / learner.scales.c_in[0]
+        z = w.pre_activations(0, y)[:, :24]
+        made = z * (z > w.threshold[0][:24]) @ w.w_dec[0][:24] + w.b_dec
+        errors.append(float((made - y).square().sum(1).mean()))
+    assert errors[1] < 0.8 * errors[0], errors
+
+
+def test_dead_features_come_back(tmp_path):
+    """With the auxiliary loss fewer are dead than without; the seed is the same."""
+    shares = []
+    for auxk in (None, {"features": 32, "dead_after": 256, "coefficient": 0.1}):
+        a = PLAIN | {"activation": "topk", "l0": 3, "d_sae": 192, "auxk": auxk}
+        run = trainer(config(tmp_path / "run", a, data__tokens=128 * 150, optimizer__lr=3e-3))
+        (learner,) = run.learners
+        learner.weights.b_enc[0][::2] -= 0.3  # half of them are rarely among the largest
+        advanced(run, 150)
+        shares.append(float((learner.silent[0] >= 1_280).double().mean()))
+    assert shares[0] > 0.3
+    assert shares[1] < 0.5 * shares[0]
+
+
+def test_tokens_since_a_feature_fired_are_counted(tmp_path):
+    run = trainer(config(tmp_path / "run", *KINDS))
+    for learner in run.learners:
+        learner.weights.b_enc[0][5] = -9.0
+    advanced(run, 3)
+    for learner in run.learners:
+        assert learner.silent[0][5] == 3 * 128, learner.config.name
+        assert learner.silent[0].min() == 0
+        assert learner.tokens == 3 * 128
+
+
+def test_metrics_are_means_of_what_steps_measured(tmp_path):
+    chosen = config(tmp_path / "run", SAE, KINDS[2], data__tokens=128 * 1_203)
+    run = trainer(chosen)
+    assert run.metrics.every == 3
+    measured = []
+    for _ in range(5):
+        batch = next(run.source.batches(run.position))
+        measured.append(run.advance(batch))
+        run.metrics.add(run.step, measured[-1], tmp_path / "run")
+    y = planted()[Site.parse("1.resid_post")][:16_384]
+    variance = float((y - y.mean(0)).square().sum() / y.square().sum())
+    for place, name in enumerate(("sae", "topk")):
+        lines = (tmp_path / "run" / "metrics" / f"{name}.jsonl").read_text().splitlines()
+        (line,) = map(json.loads, lines)
+        assert (line["name"], line["step"], line["tokens"]) == (name, 3, 384)
+        for key in ("loss", "l0"):
+            assert line[key] == pytest.approx(mean(getattr(m[place], key) for m in measured[:3]))
+        if name == "topk":
+            error = mean(m[place].error for m in measured[:3])
+            assert line["fvu"] == pytest.approx(error / variance, rel=1e-4)
+        now = run.progress().standings[place]
+        assert now.l0 == pytest.approx(mean(m[place].l0 for m in measured[3:]))
+
+
+def test_numbers_may_be_written_as_everyone_writes_them(tmp_path):
+    raw = config(tmp_path / "run").model_dump(mode="json")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(raw).replace("lr: 0.001", "lr: 1e-3"))
+    assert "1e-3" in file.read_text()
+    assert read_config(file).artefacts[0].optimizer.lr == 1e-3
+    changed = read_config(file, ["artefacts.0.optimizer.lr=2E-4", "data.tokens=100_000"])
+    assert changed.artefacts[0].optimizer.lr == 2e-4
+    assert changed.data.tokens == 100_000
+    assert read_config(file) == config(tmp_path / "run")

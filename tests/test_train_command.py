@@ -9,6 +9,7 @@ from rich.console import Console
 
 from gemscope import train
 from gemscope.cli import _train
+from gemscope.corpus import read_text
 from gemscope.errors import InputError
 from gemscope.train import Floor, Progress, Standing, Stopped, parse_config
 
@@ -26,8 +27,10 @@ RAW = {
 
 @pytest.fixture
 def yaml_file(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(RAW | {"out": str(tmp_path / "out")}))
+    file, text = tmp_path / "run.yaml", tmp_path / "some.txt"
+    text.write_text(next(iter(read_text("miniature"))).text[:12_000])  # read quickly
+    changes = {"out": str(tmp_path / "out"), "data": RAW["data"] | {"text": str(text)}}
+    file.write_text(yaml.safe_dump(RAW | changes))
     return file
 
 

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+from gemscope.corpus import read_text
 from gemscope.errors import InputError
 from gemscope.sae import screens_pay
 from gemscope.sites import Site
@@ -38,14 +39,23 @@ RAW = {
 }
 
 
-def config(out, **changes):
-    return parse_config({**RAW, "out": str(out), **changes}, source="the test")
+def config(out, text="miniature", **changes):
+    data = RAW["data"] | {"text": str(text)}
+    return parse_config(RAW | {"out": str(out), "data": data} | changes, source="the test")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text that is read quickly."""
+    file = tmp_path_factory.mktemp("text") / "some.txt"
+    file.write_text(next(iter(read_text("miniature"))).text[:12_000])
+    return file
 
 
 @pytest.fixture(scope="module")
-def finished(miniature, tmp_path_factory):
+def finished(miniature, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    chosen = config(folder, evaluate={"every": 3, "tokens": 128})
+    chosen = config(folder, text, evaluate={"every": 3, "tokens": 128})
     told = []
     assert train(chosen, model=miniature, begun=told.append) == folder
     assert told[0].seconds > 0
@@ -129,7 +139,7 @@ def test_what_a_folder_says_is_escaped(run):
     page = write_training_report(run).read_text()
     assert "&lt;b&gt;" in page
     assert not re.search("<b>\\||<i>", page)
-    assert "``<b>¦`x, float32``" in (run / "report.md").read_text()
+    assert "`` <b>¦`x, float32 ``" in (run / "report.md").read_text()
 
 
 def test_a_folder_without_a_run_is_refused(run, tmp_path):
@@ -233,22 +243,27 @@ class Service(types.ModuleType):
             raise ConnectionError(f"no\n{what}")
 
 
-@pytest.mark.parametrize("name", ["trackio", "wandb"])
-def test_services_get_the_standings_of_the_metrics(miniature, tmp_path, monkeypatch, name):
-    service = Service()
-    monkeypatch.setitem(sys.modules, name, service)
-    train(config(tmp_path / "out", log=[name]), model=miniature)
-    ((given, steps),) = [(service.runs[0], [step for step, _ in service.sent])]
+def test_services_get_the_standings_and_a_failing_one_does_not_end_the_run(
+    miniature, text, tmp_path, monkeypatch
+):
+    trackio, wandb = Service(), Service(fails=["log"])
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.warns(RuntimeWarning, match="wandb gets no more metrics: no\nlog") as told:
+        train(config(tmp_path / "out", text, log=["trackio", "wandb"]), model=miniature)
+    assert len([w for w in told if "no more metrics" in str(w.message)]) == 1
+    (given,), (other,) = trackio.runs, wandb.runs
     assert (given["project"], given["resume"]) == ("gemscope", "allow")
     assert given["name"].startswith("out-2")
     assert given["config"]["data"]["batch"] == 256
-    assert ("id" in given) == (name == "wandb")
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert other == given | {"id": given["name"], "dir": str(tmp_path / "out")}
+    assert [step for step, _ in trackio.sent] == [1, 2, 3, 4, 5, 6]
     lines = (tmp_path / "out" / "metrics" / "skipping.jsonl").read_text().splitlines()
-    for (_, sent), line in zip(service.sent, map(json.loads, lines), strict=True):
+    for (_, sent), line in zip(trackio.sent, map(json.loads, lines), strict=True):
         for key in ("loss", "fvu", "l0", "target", "dead"):
             assert sent[f"skipping/{key}"] == line[key]
-    assert service.finished == 1
+    assert (trackio.finished, wandb.finished) == (1, 0)
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_service_that_is_missing_or_does_not_start_is_a_mistake(miniature, tmp_path, monkeypatch):
@@ -261,11 +276,3 @@ def test_a_service_that_is_missing_or_does_not_start_is_a_mistake(miniature, tmp
     monkeypatch.setitem(sys.modules, "trackio", Service(fails=["init"]))
     with pytest.raises(InputError, match="trackio did not start: no init; set it up"):
         train(chosen, model=miniature)
-
-
-def test_a_service_that_fails_on_the_way_does_not_end_the_run(miniature, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "trackio", Service(fails=["log"]))
-    with pytest.warns(RuntimeWarning, match="trackio gets no more metrics") as told:
-        train(config(tmp_path / "out", log=["trackio"]), model=miniature)
-    assert len([w for w in told if "trackio" in str(w.message)]) == 1
-    assert (tmp_path / "out" / "report.html").is_file()

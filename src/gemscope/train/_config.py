@@ -15,9 +15,18 @@ from pydantic import (
 
 from gemscope.sites import Site, Sites, each, parse_sites
 
+
+def _sites(value: object) -> Site | Sites:
+    if isinstance(value, str):
+        return parse_sites(value)
+    if not isinstance(value, Site | Sites):
+        raise ValueError(f"{value!r} is no site; write LAYER.STREAM, such as 12.resid_post")
+    return value
+
+
 SitesField = Annotated[
     Site | Sites,
-    BeforeValidator(lambda value: parse_sites(value) if isinstance(value, str) else value),
+    BeforeValidator(_sites),
     PlainSerializer(str, return_type=str),
 ]
 
@@ -25,7 +34,7 @@ SitesField = Annotated[
 class _Strict(BaseModel):
     # Strict: YAML has types, and "4000" where a number belongs is a mistake worth a sentence.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True
+        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
     )
 
 

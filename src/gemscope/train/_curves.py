@@ -75,6 +75,9 @@ def _coloured(labelled: Sequence[tuple[str, Curve]]) -> Marked:
 def _layout(found: Sequence[Curve]) -> list[Row]:
     told = _labels(found)
     by_site = _grouped(found, lambda c: _site(c.artefact))
+    if max(map(len, by_site.values())) > _FEW:
+        finer = _grouped(found, lambda c: f"{_site(c.artefact)}   {width(c.artefact.d_sae)}")
+        by_site = finer if len(finer) <= _ROWS else by_site
     if len(by_site) <= _ROWS:
         return [
             (site, _coloured([(told[c.artefact.name], c) for c in group]))
@@ -201,7 +204,7 @@ def _legend(axes: Any, handles: list, labels: list[str]) -> None:
 
 
 def _draw(axes: Any, key: str, marked: Marked) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     top, end = 0.0, 1.0
     for label, curve, colour in marked:
@@ -209,8 +212,11 @@ def _draw(axes: Any, key: str, marked: Marked) -> None:
         if key == "l0" and x:
             target = curve.artefact.l0
             axes.axhline(target, color=colour, linestyle=(0, (4, 3)), linewidth=0.9, alpha=0.8)
-        style = "o-" if key == "delta_loss" else "-"
-        axes.plot(x, y, style, color=colour, linewidth=1.3, markersize=3.5, label=label)
+        looked = key == "delta_loss"
+        axes.plot(
+            x, y, "o-" if looked else "-", color=colour, linewidth=1.3, markersize=3.5,
+            label=label, clip_on=not looked,
+        )  # fmt: skip
         end = max(end, *x) if x else end
         top = max([top, *(v for t, v in zip(x, y, strict=True) if t >= _SETTLED * x[-1])])
     axes.set_xlim(0, end)
@@ -219,8 +225,9 @@ def _draw(axes: Any, key: str, marked: Marked) -> None:
     match key:
         case "l0":
             axes.set_yscale("log")
-            for put in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                put(LogFormatter(minor_thresholds=(1.2, 0.6)))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         case "dead":
             axes.set_ylim(0, max(1.08 * top, 0.02))
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

@@ -37,7 +37,8 @@ class ThroughStream:
     def __init__(
         self, model: LanguageModel, rows: Sequence[Context], site: Site, *, batch: int, seed: int
     ):
-        self.model, self.site, self.sites, self.batch, self.seed = model, site, (site,), batch, seed
+        self.model, self.site, self.batch, self.seed = model, site, batch, seed
+        self.sites: tuple[Site, ...] = (site,)
         special = set(model.tokenizer.all_special_ids)
         self._counts = [sum(t not in special for t in row.ids) for row in rows]
         self.rows, self.tokens, self.model_seconds = list(rows), sum(self._counts), 0.0

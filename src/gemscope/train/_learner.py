@@ -140,7 +140,8 @@ class Learner:
 
     def _blocks(self, encoded: Sequence[Encoded]) -> list[tuple[int, Block]]:
         """Runs of features that share their gradient, each with its layer."""
-        w, out = self.weights, []
+        w = self.weights
+        out: list[tuple[int, Block]] = []
         bounds = [0, *(size for size, _ in self.config.levels)]
         for i, given in enumerate(encoded):
             edges = bounds if w.n_layers == 1 else [0, len(w.w_enc[i])]

@@ -101,9 +101,9 @@ class Logs:
             )
 
 
-def _flat(progress: Progress) -> dict[str, float]:
+def _flat(progress: Progress) -> dict[str, int | float]:
     """The standings as `NAME/fvu` and so on, which services draw side by side."""
-    out: dict[str, float] = {"tokens": progress.tokens, "seconds": progress.seconds}
+    out: dict[str, int | float] = {"tokens": progress.tokens, "seconds": progress.seconds}
     for standing in progress.standings:
         for key in _SENT:
             if (value := getattr(standing, key)) is not None:

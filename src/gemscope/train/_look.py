@@ -10,10 +10,10 @@ from gemscope.lm import LanguageModel
 
 from ._config import TrainConfig
 from ._export import dictionary_of
+from ._metrics import EVALUATIONS
 from ._trainer import Trainer
 
 KEPT = ("l0", "fvu", "delta_loss", "loss_recovered_mean", "dead_fraction")
-FILE = "evaluations.jsonl"
 
 
 class Looks:
@@ -50,5 +50,5 @@ class Looks:
             )
             told = {"name": learner.config.name, "step": step, "tokens": learner.tokens}
             lines.append(told | {key: found.metrics.get(key) for key in KEPT})
-        with (self.folder / FILE).open("a", encoding="utf-8") as log:
+        with (self.folder / EVALUATIONS).open("a", encoding="utf-8") as log:
             log.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,6 +1,7 @@
 """What a run measures of its artefacts on the way: means over some steps, a line of JSON each."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from ._config import TrainConfig
 from ._learner import Learner, Measured
 
+EVALUATIONS = "evaluations.jsonl"
+"""What was measured on held-out text, a line of JSON each."""
 _LINES = 400
 """Lines of metrics of a run, about."""
 _HORIZON = 10_000_000
@@ -88,14 +91,24 @@ class Metrics:
         self._sums = [dict(s) for s in state["sums"]]
         self._last = [Standing(**s) for s in state["last"]]
         for learner in self.learners:
-            file = metrics_file(folder, learner.config.name)
-            if not file.is_file():
-                continue
-            kept = [line for line in file.read_text("utf-8").splitlines(keepends=True)
-                    if _step_of(line) <= learner.step]  # fmt: skip
-            part = file.with_suffix(".part")
-            part.write_text("".join(kept), "utf-8")
-            part.replace(file)
+            _take_back(metrics_file(folder, learner.config.name), learner.step)
+        _take_back(folder / EVALUATIONS, self.learners[0].step)
+
+
+def clear(folder: Path) -> None:
+    """Remove all lines of a run."""
+    shutil.rmtree(folder / "metrics", ignore_errors=True)
+    (folder / EVALUATIONS).unlink(missing_ok=True)
+
+
+def _take_back(file: Path, step: int) -> None:
+    """Leave only lines of steps up to `step`."""
+    if not file.is_file():
+        return
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    part = file.with_suffix(".part")
+    part.write_text("".join(line for line in lines if _step_of(line) <= step), "utf-8")
+    part.replace(file)
 
 
 def metrics_file(folder: Path, name: str) -> Path:
@@ -105,7 +118,7 @@ def metrics_file(folder: Path, name: str) -> Path:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # cut off by the end of a process: taken back
 

@@ -62,7 +62,9 @@ def parse_config(raw: Mapping[str, Any], *, source: str) -> TrainConfig:
     try:
         return TrainConfig.model_validate(_tuples(plain))
     except ValidationError as error:
-        told = dict.fromkeys(_told(e, plain["artefacts"]) for e in error.errors())
+        # An artefact that is none is missed again as one of the list.
+        errors = [e for e in error.errors() if e["type"] != "too_short"]
+        told = dict.fromkeys(_told(e, plain["artefacts"]) for e in errors)
         raise InputError(f"{source}: {'; '.join(told)}") from None
 
 
@@ -88,7 +90,9 @@ def _expanded(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*lists.values()):
         one = given | dict(zip(lists, values, strict=True))
         layer = one.pop("layer", None)
-        one.setdefault("writes", one.get("reads"))
+        if "reads" not in one:
+            raise InputError("an artefact does not say what it reads; write reads: 12.resid_post")
+        one.setdefault("writes", one["reads"])
         for key in ("reads", "writes"):
             if isinstance(one[key], str) and "{layer}" in one[key]:
                 if not isinstance(layer, int):
@@ -140,8 +144,9 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     out = dict(below)
     for key, value in above.items():
         old = out.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        out[key] = _merged(old, value) if both else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(old, value)
+        out[key] = value
     return out
 
 

@@ -23,12 +23,11 @@ from gemscope.lm import LanguageModel
 from ._config import Artefact, TrainConfig
 from ._curves import Curve, curves
 from ._floor import Floor, floor_seconds, measure_machine
-from ._metrics import metrics_file
+from ._metrics import EVALUATIONS, metrics_file
 from ._read import read_config
 from ._trainer import Trainer
 
 _RUN = "run.json"
-_LOOKS = "evaluations.jsonl"
 _TEMPLATES = Path(__file__).parent / "templates"
 _HELD_OUT = {
     "fvu": "fvu",
@@ -93,7 +92,7 @@ def write_training_report(folder: Path) -> Path:
     """
     config = read_config(folder / "config.yaml")
     lines: Lines = {}
-    looks = _lines(folder / _LOOKS)
+    looks = _lines(folder / EVALUATIONS)
     for a in config.artefacts:
         lines |= _lines(metrics_file(folder, a.name))
     if not lines:
@@ -262,6 +261,11 @@ def rate(value: float, unit: str) -> str:
     return f"{value / 1e9:.3g} G{unit}/s"
 
 
+def times(ratio: float) -> str:
+    """`3.1 times`, `1,081 times`."""
+    return f"{ratio:.1f} times" if ratio < 100 else f"{ratio:,.0f} times"
+
+
 def percent(share: float | None) -> str:
     """`1.2%`, and what is not known as a dash."""
     return "–" if share is None else f"{share:.1%}"
@@ -292,6 +296,7 @@ _WORDS = {
     "short_time": short_time,
     "percent": percent,
     "rate": rate,
+    "times": times,
     "bounds": {
         "products": "the encoders' products",
         "parameters": "the traffic of parameters",

@@ -5,16 +5,14 @@
 unfinished, `checkpoint`.
 """
 
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gemscope import formats, hub
-from gemscope.activations import ActivationStream, Source
+from gemscope.activations import ActivationStream, Source, stop_signals
 from gemscope.corpus import Context, contexts, read_dataset, read_text
 from gemscope.errors import InputError
 from gemscope.lm import LanguageModel, load_model
@@ -26,6 +24,7 @@ from ._export import write_artefact
 from ._floor import Floor
 from ._log import logging
 from ._look import Looks
+from ._metrics import clear
 from ._report import Journal, write_training_report
 from ._trainer import Progress, Trainer
 
@@ -64,13 +63,14 @@ def train(
         told = "is finished" if len(there) == len(config.artefacts) else f"holds {there[0]} already"
         raise InputError(f"{folder} {told}; choose another out, or remove that folder")
     _prepare(folder)
-    with _signals() as received, logging(config) as logs:
+    with stop_signals() as received, logging(config) as logs:
         model = model or _model(config)
         source = _source(config, model)
-        trainer = Trainer(config, source, _starts(config))
+        trainer = Trainer(config, source, _starts(config, model))
         if checkpoints.exists():
             trainer.restore(folder)
         else:
+            clear(folder)  # of what a run left that ended before its first checkpoint
             told = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
             write(folder / "config.yaml", told)
         looks = Looks(config, model, trainer, folder)
@@ -180,7 +180,7 @@ def _rows(config: TrainConfig, model: LanguageModel) -> list[Context]:
     return list(contexts(documents, model.tokenizer, length=data.context))
 
 
-def _starts(config: TrainConfig) -> Mapping[str, Sequence[formats.Part]]:
+def _starts(config: TrainConfig, model: LanguageModel) -> Mapping[str, Sequence[formats.Part]]:
     """The tensors of the artefacts that are trained on."""
     out = {}
     for a in config.artefacts:
@@ -189,7 +189,18 @@ def _starts(config: TrainConfig) -> Mapping[str, Sequence[formats.Part]]:
         given = hub.Given(reads=a.reads, writes=a.writes, model=config.model)
         entry = hub.obtain(hub.locate(a.start, given))
         assert entry.path is not None
+        if (entry.reads, entry.writes) != (a.reads, a.writes):
+            raise InputError(
+                f"{a.name}: reads is {a.reads} and writes {a.writes}, and {a.start} reads "
+                f"{entry.reads} and writes {entry.writes}; set them so"
+            )
         parts = formats.read(entry.path)
+        for part, site in zip(parts, each(a.reads), strict=False):
+            if (d_in := part.w_enc.shape[0]) != (width := model.width(site)):
+                raise InputError(
+                    f"{a.name}: {site} of {config.model} is {width} wide, "
+                    f"and {a.start} reads {d_in}"
+                )
         d_sae = sum(p.w_enc.shape[1] for p in parts)
         if d_sae != a.d_sae or len(parts) != len(each(a.reads)):
             raise InputError(
@@ -222,25 +233,3 @@ def write(file: Path, text: str) -> None:
     part = file.with_suffix(".part")
     part.write_text(text, "utf-8")
     part.replace(file)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The stop signals received while the context lasts; a second Ctrl-C acts as usual."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(signum: int, _frame: object) -> None:
-        received.append(signum)
-        signal.signal(signum, before[signum])
-
-    try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, note)
-    except ValueError:  # not in the main thread: whoever runs us handles signals
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

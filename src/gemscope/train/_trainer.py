@@ -324,8 +324,8 @@ def _differences(before: dict, now: dict) -> list[str]:
     for a, b in zip(was, now["artefacts"], strict=True):
         out += _different(a, b, f"{b['name']}: ")
     plain = {*_OF_THE_PLACE, "artefacts"}
-    of_run = [{k: v for k, v in c.items() if k not in plain} for c in (before, now)]
-    return _different(*of_run, "") + out
+    old, new = ({k: v for k, v in c.items() if k not in plain} for c in (before, now))
+    return _different(old, new, "") + out
 
 
 def _different(before: dict, now: dict, at: str) -> list[str]:
