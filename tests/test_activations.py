@@ -295,5 +295,5 @@ def test_memory_is_the_buffer_once():
     script = [sys.executable, "-c", _MEMORY, "16384", "120"]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     share, capacity = map(float, done.stdout.split())
-    assert capacity == 16_384
+    assert 0.9 * 16_384 < capacity <= 16_384
     assert 0.7 < share <= 1.2

@@ -175,10 +175,11 @@ def test_the_kl_falls(miniature, rows, tmp_path):
     # The same contexts again and again: what is learned about them shows at once.
     stream = ThroughStream(miniature, rows[:9], SITE, batch=256, seed=0)
     run = Trainer(chosen, stream, run_module._starts(chosen, miniature))
-    kls = [m[0].kl for m in advanced(run, 12)]
+    kls = [m[0].kl for m in advanced(run, 9)]
     assert sum(kls[-3:]) < 0.8 * sum(kls[:3])
 
 
+@pytest.mark.slow
 def test_end_to_end_goes_on_bit_equal(miniature, tmp_path):
     given = SAE | {"reads": "3.resid_post", "end_to_end": {"weight": 1.0}}
     few = {"data__tokens": 6 * 128, "checkpoint_every": 2}
@@ -198,4 +199,4 @@ def test_end_to_end_goes_on_bit_equal(miniature, tmp_path):
         assert torch.equal(value, weights(parts / "sae")[name]), name
     lines = [(f / "metrics" / "sae.jsonl").read_text() for f in (whole, parts)]
     assert lines[0] == lines[1]
-    assert '"kl": 0.' in lines[0] or '"kl": ' in lines[0]
+    assert '"kl": null' not in lines[0]

@@ -157,3 +157,13 @@ def test_a_recipe_is_shared_and_an_artefacts_own_keys_win(tmp_path):
     assert (first.optimizer.warm_up, second.optimizer.warm_up) == (3, 3)
     assert (first.sparsity.aim, second.sparsity.aim) == (0.0, 0.1)
     assert first.sparsity.bandwidth == second.sparsity.bandwidth == 0.05
+
+
+def test_seeds_are_other_beginnings_of_the_same(tmp_path):
+    artefacts = [SAE | {"name": n, "seed": s} for n, s in (("a", 0), ("b", 0), ("c", 1))]
+    a, b, c = (x.weights.named() for x in trainer(config(tmp_path / "run", *artefacts)).learners)
+    for name in ("w_enc.0", "w_dec.0"):
+        assert torch.equal(a[name], b[name])
+        # Rows of unit length that have nothing to do with each other.
+        assert (a[name] * c[name]).sum(1).abs().mean() < 0.3
+    assert torch.equal(a["b_dec"], c["b_dec"])

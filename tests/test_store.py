@@ -252,6 +252,7 @@ def test_something_else_does_not_go_on(miniature, rows, tmp_path):
         make(miniature, rows[1:], tmp_path / "made")
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_what_goes_on(tmp_path, miniature, rows, store):
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (900_000, 900_000))"
     command = [sys.executable, "-c", f"{limited}\n{_HARVEST}", str(tmp_path / "made")]

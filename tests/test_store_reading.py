@@ -104,7 +104,7 @@ def test_later_epochs_make_batches_up_anew(store):
 @pytest.mark.parametrize("batch", [130, 300, 2_600])
 def test_going_on_gives_the_same_batches(store, batch):
     batches = take(opened(store, batch=batch), 3 * TOKENS // batch)
-    for place in range(0, len(batches) - 1, max(1, len(batches) // 25)):
+    for place in range(0, len(batches) - 1, max(1, len(batches) // 10)):
         (again,) = take(opened(store, batch=batch), 1, batches[place].after)
         assert again.after == batches[place + 1].after
         for site in (SITE, OTHER):

@@ -175,7 +175,7 @@ def test_batch_topk_is_used_with_a_threshold_that_fires_k(tmp_path):
     chosen = config(
         tmp_path / "run",
         {"name": "b", "reads": "1.resid_post", "d_sae": 96, "l0": 6, "activation": "batch-topk"},
-        data__tokens=128 * 600, checkpoint_every=1_000,
+        data__tokens=128 * 450, checkpoint_every=1_000,
     )  # fmt: skip
     run = trainer(chosen)
     run.train(tmp_path / "run")
@@ -185,7 +185,7 @@ def test_batch_topk_is_used_with_a_threshold_that_fires_k(tmp_path):
     fresh = planted(seed=0, tokens=8_192)[site]
     fires = fresh @ part.w_enc + part.b_enc > part.threshold
     # A mean of about 1 / 0.01 = 100 batches lags behind what is learned in them: within a tenth,
-    # after six times as many.
+    # after some times as many.
     assert fires.double().sum(1).mean().item() == pytest.approx(6, rel=0.1)
 
 

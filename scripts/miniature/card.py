@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def main() -> None:
         rows.append((entry, result.metrics, _trained(work, entry.address)))
         print(f"  {entry.address}: {time.monotonic() - began:.0f} s", flush=True)
     _write_published(rows)
-    last = json.loads((work / "training.jsonl").read_text().splitlines()[-1])
+    trained = _model_training(work)
     size = sum(f.stat().st_size for f in miniature.MODEL.iterdir())
     card = _CARD.format(
         parameters=sum(p.numel() for p in model.hf.parameters()),
@@ -72,9 +73,7 @@ def main() -> None:
         tests=_text("tests"),
         heldout=_text("heldout"),
         names=", ".join(f"`{d.path}`" for d in documents),
-        steps=last["step"],
-        trained=last["tokens"],
-        minutes=last["seconds"] / 60,
+        trained=trained,
         nats=nats,
         bits=bits,
         tokens=tokens,
@@ -85,6 +84,20 @@ def main() -> None:
     )
     (miniature.MODEL.parent / "MODEL_CARD.md").write_text(card, "utf-8")
     print(f"held-out loss {nats:.4f} nats per token, {bits:.4f} bits per byte, {tokens} tokens")
+
+
+def _model_training(work: Path) -> str:
+    """How long the model was trained: by its log, or, where only the scope is new, by its card."""
+    log = work / "training.jsonl"
+    if not log.is_file():
+        card = (miniature.MODEL.parent / "MODEL_CARD.md").read_text("utf-8")
+        (known,) = re.findall(r"\| training \| (.*?); Muon", card)
+        return known
+    last = json.loads(log.read_text().splitlines()[-1])
+    return (
+        f"{last['step']:,} steps of 32 contexts, {last['tokens']:,} tokens, "
+        f"{last['seconds'] / 60:.0f} minutes on 2 cores (shared with other work)"
+    )
 
 
 def _trained(work: Path, address: str) -> dict:
@@ -135,7 +148,7 @@ it is not good for anything else.
 | context | 512 tokens, `<bos>` first |
 | training text | the standard library of Python {python}: modules ({library}) and their tests ({tests}); character tables left out |
 | held-out text | {heldout}, chosen by a hash of the path: {names} |
-| training | {steps:,} steps of 32 contexts, {trained:,} tokens, {minutes:.0f} minutes on 2 cores (shared with other work); Muon and AdamW, constant rate, then linear decay while library modules come to outweigh tests |
+| training | {trained}; Muon and AdamW, constant rate, then linear decay while library modules come to outweigh tests |
 | **held-out loss** | **{nats:.4f} nats per token, {bits:.4f} bits per byte** on all {tokens:,} tokens, contexts of 512, first token predicted from `<bos>` |
 
 Held-out modules, test modules named after them, and copies of them are kept out of training. Other

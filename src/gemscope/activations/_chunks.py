@@ -86,13 +86,15 @@ class Chunks:
     def __init__(self, place: Place, checked: Checked):
         self.place, self.checked = place, checked
         self._open: dict[str, tuple[int, _Open]] = {}
-        self._copies = tempfile.TemporaryDirectory(prefix="gemscope-store-")
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
+        """Where what is elsewhere is copied to."""
 
     def close(self) -> None:
         """Close files, and remove what was copied from elsewhere."""
         for _, held in self._open.values():
             held.file.close()
-        self._copies.cleanup()
+        if self._copies is not None:
+            self._copies.cleanup()
 
     def read(self, site: str, pieces: Iterable[Piece], count: int) -> np.ndarray:
         """The rows of `pieces`, `count` in all, as bytes in memory of their own.
@@ -128,14 +130,21 @@ class Chunks:
         if held is not None:
             held.file.close()
             del self._open[site]
-            if self.place.local is None:
+            if self._copies is not None:
                 Path(held.file.name).unlink()
         name = file_name(site, index)
         if name in self.checked.bad:
             raise Corrupt(name)
         manifest = self.checked.manifest
-        path = self.place.fetch(name, Path(self._copies.name))
+        path = self._on_this_machine(name)
         layout, good = manifest.contents.file(site, index), self.checked.good(site, index)
         made = _Open(layout, name, path, manifest.checksums[index][site], good)
         self._open[site] = (index, made)
         return made
+
+    def _on_this_machine(self, name: str) -> Path:
+        if self.place.local is not None:
+            return self.place.local / name
+        if self._copies is None:
+            self._copies = tempfile.TemporaryDirectory(prefix="gemscope-store-")
+        return self.place.fetch(name, Path(self._copies.name))

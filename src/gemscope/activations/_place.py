@@ -86,9 +86,7 @@ class Place:
         part.unlink()
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """The file `name` on this machine: itself, or a copy in `folder`."""
-        if self.local is not None:
-            return self.local / name
+        """A copy in `folder` of the file `name`, which is elsewhere."""
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         with self._told():

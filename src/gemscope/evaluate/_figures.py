@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#2a6f97", "#c1440e", "#4f772d", "#7b2d8b", "#b8860b", "#444444", "#008b8b", "#a0522d")
 _MARKERS = "osD^vP*X"
+MANY = len(COLOURS)
+"""Records that can be told apart by colour; more are shown as a scope."""
 
 
 def figures(records: Sequence["Record"]) -> dict[str, str]:

@@ -12,9 +12,10 @@ import markupsafe
 
 from gemscope.errors import InputError
 
-from ._figures import figures
+from ._figures import MANY, figures
 from ._metrics import DEFINITIONS
 from ._record import Record
+from ._scope_figures import scope_figures
 from ._top import ContextRecord, FeatureRecord
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -63,7 +64,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 def write_report(folder: Path, records: Sequence[Record], *, title: str) -> Path:
     """Write `report.md`, `report.json`, `report.html` and `figures/`; the page's path."""
-    drawn = figures(records)
+    drawn = scope_figures(records) if len(records) > MANY else figures(records)
     try:
         (folder / "figures").mkdir(exist_ok=True)
         for name, svg in drawn.items():

@@ -23,8 +23,9 @@ from ._topk import next_floor
 from ._update import Part, update
 from ._weights import Scales, Weights
 
-_EMA = 0.01
-"""Weight of a batch in the threshold that a `batch-topk` dictionary is used with."""
+_EMA, _LAST = 0.01, 10
+"""Weight of a batch in the threshold that a `batch-topk` dictionary is used with; in a short run
+more, so that it is that of the last tenth."""
 
 Through = Callable[[Float[Tensor, "batch d_out"]], tuple[Float[Tensor, "batch d_out"], float]]
 """From reconstructions, normalised, to the gradient of the KL through the model, and the KL."""
@@ -220,7 +221,8 @@ class Learner:
             self.floor = next_floor(given, int(c.l0), whole_batch=whole)
             if whole and given.values.numel():
                 least, known = given.values.min(), self.weights.threshold[0]
-                known.copy_(least if self.step == 1 else known.lerp(least.expand_as(known), _EMA))
+                weight = min(1.0, max(_EMA, _LAST / self.steps))
+                known.copy_(least if self.step == 1 else known.lerp(least.expand_as(known), weight))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint."""

@@ -37,6 +37,8 @@ class Stopped(Exception):  # noqa: N818
         super().__init__(
             f"stopped at step {step} of {steps}; the checkpoint is in {folder}: "
             "run the same command to go on"
+            if step
+            else f"stopped before the first of {steps} steps: run the same command to begin"
         )
 
 

@@ -111,10 +111,10 @@ class Trainer:
                 report(self.progress())
                 if stopping():
                     break
+                look(self.step)
                 if self.step % self.config.checkpoint_every == 0:
                     self.save(folder)
                     saved = self.step
-                look(self.step)
         if saved != self.step:  # at the end too: what is left to do may be interrupted
             self.save(folder)
         return self.step >= self.config.steps
@@ -325,6 +325,9 @@ def _differences(before: dict, now: dict) -> list[str]:
         out += _different(a, b, f"{b['name']}: ")
     plain = {*_OF_THE_PLACE, "artefacts"}
     old, new = ({k: v for k, v in c.items() if k not in plain} for c in (before, now))
+    # How often the data may be gone through says when to end, and nothing of what was done.
+    for c in (old, new):
+        c["data"] = {k: v for k, v in c["data"].items() if k != "epochs"}
     return _different(old, new, "") + out
 
 
