@@ -58,3 +58,24 @@ def test_those_of_the_miniature_pass_their_smoke_test(file, miniature, tmp_path)
         assert sum(v.shape[1] for n, v in found.items() if n.endswith("w_enc")) == a.d_sae
         assert len(each(a.reads)) == len({n.split(".")[0] for n in found})
     assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize("file", files("published"))
+def test_published_ones_have_a_smoke_test_on_the_miniature(file):
+    chosen = smoke_test(read_config(file))
+    assert chosen.model == "miniature"
+    assert all(site.layer < 6 for site in chosen.sites)
+    assert chosen.steps == 30
+    assert [a.kind for a in chosen.artefacts] == [
+        a.kind for a in read_config(file).artefacts[: len(chosen.artefacts)]
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", files("published"))
+def test_published_ones_pass_it(file, miniature, tmp_path):
+    chosen = smoke_test(read_config(file, [f"out={tmp_path / 'run'}"]))
+    # Two are as good as twelve.
+    chosen = chosen.model_copy(update={"artefacts": chosen.artefacts[:2]})
+    folder = train(chosen, model=miniature)
+    assert all((folder / a.name).is_dir() for a in chosen.artefacts)

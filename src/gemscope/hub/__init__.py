@@ -11,11 +11,11 @@ from ._entry import Entry as Entry
 from ._entry import Remote as Remote
 from ._expected import expected_bytes as expected_bytes
 from ._expected import expected_shapes as expected_shapes
-from ._expected import model_shape as model_shape
 from ._fetch import cached as cached
 from ._fetch import fetch as fetch
 from ._fetch import fetch_model as fetch_model
 from ._fetch import find as find
+from ._fetch import has_model as has_model
 from ._load import build as build
 from ._load import digest as digest
 from ._load import load_sae as load_sae
@@ -23,10 +23,11 @@ from ._load import model_source as model_source
 from ._load import obtain as obtain
 from ._save import LAYOUTS as SAVED_LAYOUTS
 from ._save import save_sae as save_sae
+from ._suites import model_shape as model_shape
 
 __all__ = [
     "BUNDLED_RELEASE", "SAVED_LAYOUTS", "Entry", "Given", "Remote", "build", "cached", "catalog",
     "describe", "digest", "expected_bytes", "expected_shapes", "fetch", "fetch_model", "find",
-    "load_sae", "locate", "model_shape", "model_source", "obtain", "published", "releases",
-    "save_sae",
+    "has_model", "load_sae", "locate", "model_shape", "model_source", "obtain", "published",
+    "releases", "save_sae",
 ]  # fmt: skip

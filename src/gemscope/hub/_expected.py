@@ -5,7 +5,6 @@ import math
 from gemscope.sites import Sites
 
 from ._entry import Entry
-from ._suites import suites
 
 
 def expected_shapes(entry: Entry) -> dict[str, tuple[int, ...]]:
@@ -29,11 +28,3 @@ def expected_bytes(entry: Entry) -> int:
     n_layers = len(entry.reads) if isinstance(entry.reads, Sites) else 1
     item = 2 if entry.dtype in ("bfloat16", "float16") else 4
     return n_layers * item * sum(math.prod(shape) for shape in expected_shapes(entry).values())
-
-
-def model_shape(model: str) -> tuple[int, int] | None:
-    """Layers and residual width of a model that the catalog has artefacts of."""
-    for suite in suites():
-        if suite.model == model:
-            return suite.shape.n_layers, suite.shape.d_model
-    return None

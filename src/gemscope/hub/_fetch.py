@@ -10,7 +10,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from gemscope import formats
+from gemscope import formats, miniature
 from gemscope.errors import InputError
 
 from ._entry import Remote
@@ -121,6 +121,14 @@ def find(repo_path: str, *, token: str | None = None) -> Remote:
         else f"look at {PAGE}/{repo}/tree/main/{folder}".rstrip("/")
     )
     raise InputError(f"{at} holds no dictionary that can be loaded: {below}")
+
+
+def has_model(name: str) -> bool:
+    """Whether a model can be loaded without a network: bundled, a folder, or in the cache."""
+    if name in (miniature.MODEL_NAME, "miniature") or Path(name).expanduser().is_dir():
+        return True
+    plain = re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) and all(map(_is_plain, name.split("/")))
+    return bool(plain) and any(_is_model(s) for s in snapshots(name))
 
 
 def fetch_model(

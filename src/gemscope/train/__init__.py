@@ -12,7 +12,7 @@ from ._read import read_config as read_config
 from ._read import width as width
 from ._report import write_training_report as write_training_report
 from ._run import Stopped as Stopped
-from ._run import smoke_test as smoke_test
 from ._run import train as train
+from ._smoke import smoke_test as smoke_test
 from ._trainer import Progress as Progress
 from ._trainer import Trainer as Trainer

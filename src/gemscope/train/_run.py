@@ -7,7 +7,6 @@ unfinished, `checkpoint`.
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -97,35 +96,6 @@ def train(
     write_training_report(folder)
     checkpoints.remove()
     return folder
-
-
-def smoke_test(config: TrainConfig) -> TrainConfig:
-    """The same run in thirty steps of narrow dictionaries, in a folder of its own."""
-    data = config.data.model_copy(
-        update={"tokens": 15_360, "batch": 512, "buffer": 4_096, "context": 128, "epochs": 100}
-    )
-    artefacts = []
-    for a in config.artefacts[:12]:
-        n = len(each(a.reads))
-        d_sae = min(a.d_sae, 512 * n)
-        update: dict[str, Any] = {
-            "d_sae": a.d_sae if a.start else d_sae,
-            "l0": a.l0 if a.start else min(a.l0, 32.0),
-            "prefixes": tuple(p for p in a.prefixes if p < d_sae),
-            "prefix_weights": None,
-            "optimizer": a.optimizer.model_copy(update={"warm_up": 10}),
-            "sparsity": a.sparsity.model_copy(update={"warm_up": 10}),
-        }
-        artefacts.append(a.model_copy(update=update))
-    return config.model_copy(
-        update={
-            "out": f"{config.out.rstrip('/')}-smoke-test",
-            "data": data,
-            "artefacts": tuple(artefacts),
-            "evaluate": None,
-            "log": (),
-        }
-    )
 
 
 def _model(config: TrainConfig) -> LanguageModel:
