@@ -9,7 +9,10 @@ import typer
 from ._show import console
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gemscope.corpus import Document
+    from gemscope.hub import Entry
 
 _TEXT = """def mean(values):
     \"\"\"Return the arithmetic mean.\"\"\"
@@ -17,13 +20,8 @@ _TEXT = """def mean(values):
         raise ValueError("empty")
 """
 _TOKENS = 16_384
-_SHOWN = (
-    "miniature/resid_post_all/layer_1_width_384_l0_big",
-    "miniature/resid_post/layer_3_width_2k_l0_medium",
-    "miniature/resid_post_all/layer_5_width_384_l0_big",
-    "miniature/transcoder_all/layer_3_width_192_l0_small_affine",
-)
-"""Four of the bundled dictionaries: all of them take minutes."""
+_MOST = 4
+"""Dictionaries that are evaluated: all of the bundled ones take minutes."""
 
 
 def _beginnings(tokens: int) -> list["Document"]:
@@ -35,6 +33,19 @@ def _beginnings(tokens: int) -> list["Document"]:
     documents = corpus.read_text(corpus.BUNDLED)
     letters = 3 * tokens // len(documents)
     return [corpus.Document(d.path, d.text[:letters]) for d in documents]
+
+
+def _spread(entries: "Sequence[Entry]") -> "list[Entry]":
+    """The widest of some kinds, then SAEs from the deepest layer down."""
+    from gemscope.sites import each
+
+    chosen = []
+    for kind in ("sae", "transcoder", "crosscoder"):
+        alike = [e for e in entries if e.kind == kind]
+        chosen += sorted(alike, key=lambda e: (-e.d_sae, -(e.l0 or 0)))[:1]
+    rest = [e for e in entries if e.kind == "sae" and e not in chosen]
+    rest.sort(key=lambda e: (-each(e.reads)[0].layer, -(e.l0 or 0)))
+    return [*chosen, *rest][:_MOST]
 
 
 def demo(
@@ -49,10 +60,11 @@ def demo(
 
     began = time.monotonic()
     to = console()
-    entries, bundled = [hub.locate(a) for a in _SHOWN], len(hub.catalog(release="miniature"))
+    bundled = hub.catalog(release="miniature")
+    entries = _spread(bundled)
     to.print(
-        f"[bold]gemscope demo[/bold]: {len(entries)} of the {bundled} dictionaries of the miniature, "
-        "a small Gemma 3 trained\non Python's standard library, spliced into it on modules it "
+        f"[bold]gemscope demo[/bold]: {len(entries)} of the {len(bundled)} dictionaries of the "
+        "miniature, a small Gemma 3 trained\non Python's standard library, spliced into it on modules it "
         "never saw.\n"
     )
     records, page = _eval.run(
@@ -64,7 +76,7 @@ def demo(
         title="Demo",
     )
     _eval.print_summary(records)
-    chosen = next(e for e in entries if e.kind == "sae" and "layer_3" in e.address)
+    chosen = max((e for e in entries if e.kind == "sae"), key=lambda e: e.d_sae)
     to.print(f"\n[bold]What {chosen.address} sees in a few lines of code[/bold]\n")
     from gemscope.lm import load_model
 
