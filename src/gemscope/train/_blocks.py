@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gemscope.sae import SparseFeatures, sampled_products, weighted_sums
@@ -143,36 +143,42 @@ class SparseBlock:
 
 
 class DenseBlock:
-    """Through dense products: the faster way while many features fire."""
+    """Through dense products: the faster way while many features fire.
+
+    Masks are numbers: adding up truth values, or multiplying by them, converts them each time.
+    """
 
     def __init__(self, z: Float[Tensor, "batch n_features"], first: int, window: Window):
         self.first, self.stop = first, first + z.shape[1]
         self._z, self._window = z, window
-        self._fires: Bool[Tensor, "batch n_features"] = z > window.threshold.clamp_min(0)
+        self._fires = (z > window.threshold.clamp_min(0)).to(z.dtype)
         self._f = z * self._fires
         self._dz = torch.empty(0)
 
     @cached_property
     def counts(self) -> Int[Tensor, " batch"]:
         """Features that fire on each token."""
-        return self._fires.sum(1)
+        return self._fires.sum(1).long()
 
     @cached_property
     def fired(self) -> Int[Tensor, " n_features"]:
         """Tokens on which each feature fires."""
-        return self._fires.sum(0)
+        return self._fires.sum(0).long()
 
     @cached_property
-    def _near(self) -> Bool[Tensor, "batch n_features"]:
-        half = self._window.bandwidth / 2
-        near = (self._z - self._window.threshold).abs_() < half
-        return near.logical_and_(self._z > 0)
+    def _near(self) -> Float[Tensor, "batch n_features"]:
+        """1 within half a bandwidth of the threshold, and above 0."""
+        theta, half = self._window.threshold, self._window.bandwidth / 2
+        near = ((self._z - theta).abs_() < half).to(self._z.dtype)
+        return near if bool((theta >= half).all()) else near.mul_(self._z > 0)
 
     @property
     def support(self) -> int:
-        """Entries that would take part in a sparse step."""
-        low = (self._window.threshold - self._window.bandwidth / 2).clamp_min(0)
-        return int((self._z > low).sum())
+        """Entries that would take part in a sparse step, or a few more: near ones that fire count
+        twice.
+        """
+        near = self._near.sum() if self._window.bandwidth else 0
+        return int(self._fires.sum() + near)
 
     @property
     def total(self) -> float:
@@ -191,7 +197,7 @@ class DenseBlock:
         theta, width = self._window.threshold, self._window.bandwidth
         dtheta = torch.zeros_like(theta)
         if width:
-            near = self._near.to(df.dtype)
+            near = self._near
             dtheta = (near * df).sum(0) * theta + asks.by_token @ near
             if asks.by_feature is not None:
                 dtheta += asks.by_feature * near.sum(0)
