@@ -75,9 +75,9 @@ def _step(kind: str, d_in: int, d_sae: int) -> dict:
 
     steps = 8
     x = _data(d_in, steps)
-    forget_peak()
     before = resident()
     learner = _learner(kind, x, d_sae, L0)
+    forget_peak()  # what finding the level took
     with torch.no_grad():
         found = [_one(learner, batch) for batch in x.split(BATCH)]
     used = peak()
@@ -110,7 +110,7 @@ def _data(d_in: int, steps: int):
 def _learner(kind: str, x, d_sae: int, l0: float):
     """An artefact that fires `l0` times a token of `x`."""
     import torch
-    from data import level
+    from data import level, sample
 
     from gemscope.train._config import Artefact, Optimizer, Sparsity
     from gemscope.train._learner import Learner
@@ -127,7 +127,7 @@ def _learner(kind: str, x, d_sae: int, l0: float):
         d_in, d_in, [d_sae], sae=True, affine=False, centre=x.mean(0), threshold=0.0,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    weights.threshold[0].fill_(level(weights.pre_activations(0, x[:256]), l0))
+    weights.threshold[0].fill_(level(weights.pre_activations(0, sample(x)), l0))
     learner = Learner(artefact, weights, Scales((1.0,), (1.0,)), 10**9)
     learner.density = 0.0
     return learner

@@ -67,13 +67,12 @@ def remove_metrics(folder):
 
 
 def test_what_the_tests_of_resuming_rely_on_is_there(tmp_path):
-    """Dead features, moved aims, floors, and first moments: a checkpoint has to hold them."""
+    """Dead features, moved aims, and first moments: a checkpoint has to hold them."""
     run = trainer(config(tmp_path / "run", *KINDS))
     advanced(run, 12)
     by_name = {x.config.name: x for x in run.learners}
     assert (by_name["topk"].silent[0] >= 128).any()
     assert by_name["w64-s0"].aim != 8
-    assert by_name["topk"].floor > 0
     assert by_name["batch-topk"].adam.first
     assert len({x.density for x in run.learners}) > 3
     run.save(tmp_path / "run")
@@ -81,7 +80,6 @@ def test_what_the_tests_of_resuming_rely_on_is_there(tmp_path):
     again.restore(tmp_path / "run")
     assert (again.step, again.position) == (run.step, run.position)
     for a, b in zip(again.learners, run.learners, strict=True):
-        # Of the floor nothing depends but speed; it is there all the same.
         assert json.dumps(a.state()) == json.dumps(b.state())
         assert all(torch.equal(v, b.tensors()[n]) for n, v in a.tensors().items())
 

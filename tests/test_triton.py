@@ -183,6 +183,22 @@ def test_support(tokens, features, d, low, kernels, generator):
 
 
 @on_device
+def test_support_above_a_floor_for_each_token(kernels, generator):
+    from gemscope.sae._triton_support import support
+
+    x, w = random(generator, 20, 70), random(generator, 50, 70)
+    bias, none = random(generator, 50), torch.zeros(50, device=DEVICE)
+    z = x.double() @ w.double().T + bias.double()
+    # Floors are entries themselves: those are not above them, or by rounding they are.
+    floor = z.topk(9, dim=1).values[:, -1].clamp_min(0).float()
+    floor[3], floor[4] = 0, 1e30
+    found = support(x, w, bias, none, floor)
+    exact_support(x, w, bias, floor[:, None], found)
+    assert found.counts[4] == 0
+    assert 7 <= found.counts[found.counts > 0].double().median() <= 10
+
+
+@on_device
 def test_support_in_runs_of_tokens_and_tiles_of_features(kernels, generator, monkeypatch):
     from gemscope.sae import _triton_support
 
@@ -197,6 +213,9 @@ def test_support_in_runs_of_tokens_and_tiles_of_features(kernels, generator, mon
     found = _triton_support.support(x, w, bias, low)
     exact_support(x, w, bias, low, found)
     assert len(found.values) > 500
+    floor = random(generator, 40).abs() * 5
+    found = _triton_support.support(x, w, bias, low * 0, floor)
+    exact_support(x, w, bias, floor[:, None], found)
 
 
 @on_device

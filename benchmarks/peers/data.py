@@ -26,6 +26,11 @@ def activations(tokens: int, d_in: int, seed: int = 0) -> Tensor:
     return x.add_(torch.randn(tokens, d_in, generator=g), alpha=NOISE)
 
 
+def sample(x: Tensor) -> Tensor:
+    """512 rows from all over `x`, or all: to set a threshold and to measure an L0."""
+    return x[:: max(1, len(x) // 512)]
+
+
 def level(pre: Tensor, l0: float) -> float:
     """The threshold over which each row of `pre` has `l0` entries on average."""
     count = max(1, round(len(pre) * l0))

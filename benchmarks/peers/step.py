@@ -25,13 +25,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from data import activations, level
+from data import activations, level, sample
 from memory import forget_peak, peak, resident
 from torch import Tensor
 
 WARM_UP = 2
 LONG = 30_000  # Steps that the schedules are laid out for.
-ROWS = 256  # Of a batch, to set a threshold and to measure an L0.
+SMALL = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def saelens(kind: str, x: Tensor, d_sae: int, batch: int, l0: int) -> Peer:
     if kind == "jumprelu":
         sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**common))
         with torch.no_grad():
-            sae.threshold.fill_(level(x[:ROWS] * scale @ sae.W_enc, l0))
+            sae.threshold.fill_(level(sample(x) * scale @ sae.W_enc, l0))
     else:
         sparse = kind == "topk_sparse"
         # With both options, which is its default for the second, backward fails on a CPU.
@@ -103,7 +103,7 @@ def dictionary_learning(kind: str, x: Tensor, d_sae: int, batch: int, l0: int) -
     if kind == "jumprelu":
         trainer = JumpReluTrainer(**common, target_l0=float(l0))
         with torch.no_grad():
-            trainer.ae.threshold.fill_(level(x[:ROWS] * scale @ trainer.ae.W_enc, l0))
+            trainer.ae.threshold.fill_(level(sample(x) * scale @ trainer.ae.W_enc, l0))
     else:
         trainer = TopKTrainer(**common, k=l0)
     return Peer(
@@ -138,14 +138,14 @@ def measure(given: argparse.Namespace) -> dict:
     batches = given.steps + WARM_UP
     x = activations(given.batch * batches, given.d_in)
     # Importing is not what is measured: make a small one first.
-    make(given.kind, x[: min(ROWS, given.batch), :16], 64, ROWS, 1)
-    forget_peak()
+    make(given.kind, x[: min(SMALL, given.batch), :16], 64, SMALL, 1)
     before = resident()
     peer = make(given.kind, x, given.d_sae, given.batch, given.l0)
+    forget_peak()  # what finding the level took
     seconds, l0 = [], []
     for step, batch in enumerate(x.split(given.batch)):
         with torch.no_grad():
-            l0.append((peer.encode(batch[:ROWS]) > 0).sum(1).float().mean().item())
+            l0.append((peer.encode(sample(batch)) > 0).sum(1).float().mean().item())
         began = time.perf_counter()
         peer.update(step, batch)
         seconds.append(time.perf_counter() - began)

@@ -21,6 +21,7 @@ from ._kernels import entries, support
 from ._scratch import Scratch
 from ._screen import Screen, feature_bytes, lowered, screens_pay
 from ._sparse import SparseFeatures
+from ._top import WIDE, floors, largest_of_all, largest_of_each, with_tokens
 
 _TILE_BYTES = 32 * 2**20
 """Float32 weights, and float32 pre-activations, of one tile at most."""
@@ -63,19 +64,28 @@ class Encoder:
                 # implementations apply a ReLU first.
                 return self._encode_above(x, threshold.float().clamp_min(0))
             case ReLU():
-                return self._encode_above(x, torch.zeros_like(self.b_enc, dtype=torch.float32))
+                return self._encode_above(x, self._zeros)
             case TopK(k):
                 return self._encode_top_k(x, k)
             case BatchTopK(k):
                 return self._encode_batch_top_k(x, k)
 
-    def _encode_above(self, x: Tensor, threshold: Tensor) -> SparseFeatures:
+    @property
+    def _zeros(self) -> Tensor:
+        return torch.zeros_like(self.b_enc, dtype=torch.float32)
+
+    def _encode_above(
+        self, x: Tensor, threshold: Tensor, floor: Tensor | None = None
+    ) -> SparseFeatures:
+        """The entries above `threshold [d_sae]`; with a `floor [n_tokens]`, above that instead,
+        and the threshold is 0.
+        """
         scratch = self._scratch(x)
         if scratch is not None:
-            fused = support(x, self.w_enc.T, self.b_enc.float(), threshold)
+            fused = support(x, self.w_enc.T, self.b_enc.float(), threshold, floor)
             if fused is not None:
                 return fused
-        low = None if scratch is None or not self._screens_pay(len(x)) else lowered(x)
+        low = None if scratch is None or not self._screens_pay(len(x)) else lowered(x, floor)
         rows, columns, values = [], [], []
         # Screens are kept, so their tiles are the same for any number of tokens.
         for first, stop in self._tiles(len(x) if low is None else _CHUNK):
@@ -83,12 +93,14 @@ class Encoder:
             if low is not None and scratch is not None:
                 screen = self._screen(first, stop, above, scratch)
                 found = screen.entries(x, low, scratch)
-                kept = found.values > above[found.columns]
+                least = above[found.columns] if floor is None else floor[found.rows]
+                kept = found.values > least
                 r, c, v = found.rows[kept], found.columns[kept], found.values[kept]
             else:
                 pre = self._pre(x, first, stop, scratch)
                 may = None if scratch is None else scratch("may", len(x), stop - first, torch.bool)
-                r, c = entries(torch.gt(pre, above, out=may))
+                least = above if floor is None else floor[:, None]
+                r, c = entries(torch.gt(pre, least, out=may))
                 v = pre[r, c]
             rows.append(r)
             columns.append(c + first)
@@ -130,7 +142,33 @@ class Encoder:
         return tuple(t._version for t in tensors if not t.is_inference())
 
     def _encode_top_k(self, x: Tensor, k: int) -> SparseFeatures:
-        k, scratch = min(k, self.w_enc.shape[1]), self._scratch(x)
+        k = min(k, self.w_enc.shape[1])
+        floor = self._floors(x, k, whole_batch=False)
+        if floor is None:
+            return self._sort_each(x, k)
+        found = self._encode_above(x, self._zeros, floor)
+        code = largest_of_each(found, k)
+        # Above a floor of 0 is all that may be chosen.
+        short = ((found.counts < k) & (floor > 0)).nonzero().squeeze(1)
+        return with_tokens(code, short, self._sort_each(x[short], k)) if len(short) else code
+
+    def _encode_batch_top_k(self, x: Tensor, k: int) -> SparseFeatures:
+        floor = self._floors(x, k, whole_batch=True)
+        if floor is None:
+            return self._sort_all(x, k)
+        found, wanted = self._encode_above(x, self._zeros, floor), k * len(x)
+        if found.values.numel() >= wanted:
+            return largest_of_all(found, wanted)
+        return found if not floor[0] else self._sort_all(x, k)
+
+    def _floors(self, x: Tensor, k: int, *, whole_batch: bool) -> Tensor | None:
+        """Where to look for the largest; None where sorting everything is better."""
+        if len(x) < _FEW or self.w_enc.shape[1] < WIDE or self._scratch(x) is None:
+            return None
+        return floors(x, self.w_enc, self.b_enc, k, whole_batch=whole_batch)
+
+    def _sort_each(self, x: Tensor, k: int) -> SparseFeatures:
+        scratch = self._scratch(x)
         best, place = x.new_zeros(len(x), 0), x.new_zeros(len(x), 0, dtype=torch.int64)
         for first, stop in self._tiles(len(x)):
             pre = self._pre(x, first, stop, scratch)
@@ -147,7 +185,7 @@ class Encoder:
             rows, place[rows, columns], best[rows, columns], len(x), self.w_enc.shape[1]
         )
 
-    def _encode_batch_top_k(self, x: Tensor, k: int) -> SparseFeatures:
+    def _sort_all(self, x: Tensor, k: int) -> SparseFeatures:
         # The largest entries of the whole batch are among the largest of each tile.
         wanted, d_sae, scratch = k * len(x), self.w_enc.shape[1], self._scratch(x)
         places, values = x.new_zeros(0, dtype=torch.int64), x.new_zeros(0)
@@ -192,8 +230,13 @@ def _gathered(
     """Entries of tiles, in the order of features, as one code in the order of tokens."""
     if len(rows) == 1:
         return SparseFeatures.from_entries(rows[0], columns[0], values[0], n_tokens, d_sae)
-    row = torch.cat(rows)
-    row, order = row.sort(stable=True)
-    return SparseFeatures.from_entries(
-        row, torch.cat(columns)[order], torch.cat(values)[order], n_tokens, d_sae
-    )
+    counts = torch.stack([torch.bincount(r, minlength=n_tokens) for r in rows])
+    offsets = torch.cat((counts.new_zeros(1), counts.sum(0).cumsum(0)))
+    # Where the entries of a tile go: behind those of tokens before, and of tiles before. No sort.
+    shift = offsets[:-1] + counts.cumsum(0) - counts - (counts.cumsum(1) - counts)
+    index = torch.empty(int(offsets[-1]), dtype=torch.int32, device=offsets.device)
+    value = torch.empty(len(index), device=offsets.device)
+    for r, c, v, s in zip(rows, columns, values, shift, strict=True):
+        place = s[r].add_(torch.arange(len(r), device=r.device))
+        index[place], value[place] = c.int(), v.float()
+    return SparseFeatures(offsets, index, value, d_sae)

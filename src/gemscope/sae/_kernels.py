@@ -83,15 +83,16 @@ def support(
     rows: Float[Tensor, "n_features d"],
     bias: Float[Tensor, " n_features"],
     low: Float[Tensor, " n_features"],
+    floor: Float[Tensor, " n_tokens"] | None = None,
 ) -> SparseFeatures | None:
-    """The entries of `x @ rows.T + bias` above `low`, or None where no kernel finds them faster
-    than a dense product and a look through it.
+    """The entries of `x @ rows.T + bias` above `low` and their token's `floor`, or None where no
+    kernel finds them faster than a dense product and a look through it.
     """
     if len(x) < _FEW or not rows.is_contiguous() or fused(x, rows, bias) is None:
         return None
     from ._triton_support import support as find  # imports Triton
 
-    return find(x, rows, bias, low)
+    return find(x, rows, bias, low, floor)
 
 
 def entries(mask: Bool[Tensor, "n_rows n_columns"]) -> tuple[Int[Tensor, " nnz"], ...]:

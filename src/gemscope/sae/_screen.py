@@ -30,6 +30,8 @@ _ROUNDING = 2.0**-8
 """Share of a number that rounding it to bfloat16 may take or give, above `2^-126`."""
 _MANY = 1 / 16
 """Share of a tile from which on computing all of it in float32 is faster than entry by entry."""
+_COLUMNS = 5
+"""Columns that are appended: two of the margin, two of bias and threshold, one of the floor."""
 _PAD = 32
 """Products are fastest where their length is a multiple of this."""
 
@@ -85,7 +87,7 @@ class Screen:
         lift = bias + bias.abs() * slack - threshold * (1 - slack)
         lift = lift.clamp(-_LARGEST, _LARGEST)
         head = lift.bfloat16()
-        _append(low, d_in, (_up(lengths), _up(lost), head, lift - head))
+        _append(low, d_in, (_up(lengths), _up(lost), head, lift - head, torch.ones_like(lift)))
         return cls(weights, bias, low)
 
     def kept(self) -> "Screen":
@@ -116,8 +118,12 @@ def feature_bytes(d_in: int) -> int:
     return 4 * d_in + 2 * _low_width(d_in)
 
 
-def lowered(x: Float[Tensor, "n_tokens d_in"]) -> BFloat16[Tensor, "n_tokens d_low"]:
-    """Tokens in bfloat16, with what the margin needs: the other half of every screen."""
+def lowered(
+    x: Float[Tensor, "n_tokens d_in"], floor: Float[Tensor, " n_tokens"] | None = None
+) -> BFloat16[Tensor, "n_tokens d_low"]:
+    """Tokens in bfloat16, with what the margin needs: the other half of every screen. What does not
+    exceed the `floor` of its token, at least 0, need not be found.
+    """
     n_tokens, d_in = x.shape
     low = x.new_empty(n_tokens, _low_width(d_in), dtype=torch.bfloat16)
     rounded = low[:, :d_in].copy_(x).float()
@@ -125,7 +131,9 @@ def lowered(x: Float[Tensor, "n_tokens d_in"]) -> BFloat16[Tensor, "n_tokens d_l
     sums, ones = 3 * _sum_error(d_in), x.new_ones(n_tokens)
     lengths = _lengths(rounded) * (1 + sums)
     margin = _lengths(rounded.sub_(x)) + sums * _lengths(x)
-    _append(low, d_in, (_up(margin), _up(lengths), ones, ones))
+    # Less by what adding it, and rounding it, may add to it.
+    least = x.new_zeros(n_tokens) if floor is None else floor * (1 - 2 * sums - 2 * _ROUNDING)
+    _append(low, d_in, (_up(margin), _up(lengths), ones, ones, -least.clamp_max(_LARGEST)))
     return low
 
 
@@ -145,12 +153,12 @@ def _sum_error(terms: int) -> float:
 
 
 def _low_width(d_in: int) -> int:
-    return -(-(d_in + 4) // _PAD) * _PAD
+    return -(-(d_in + _COLUMNS) // _PAD) * _PAD
 
 
-def _append(low: Tensor, d_in: int, columns: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    low[:, d_in : d_in + 4] = torch.stack(columns, dim=1)
-    low[:, d_in + 4 :] = 0
+def _append(low: Tensor, d_in: int, columns: tuple[Tensor, ...]) -> None:
+    low[:, d_in : d_in + _COLUMNS] = torch.stack(columns, dim=1)
+    low[:, d_in + _COLUMNS :] = 0
 
 
 @cache

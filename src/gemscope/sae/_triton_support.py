@@ -70,7 +70,7 @@ def _round_rows(
 @triton.jit
 @no_type_check
 def _screen(
-    x, x_lengths, x_losses, w, w_lengths, w_losses, lift, bits,
+    x, x_lengths, x_losses, least, w, w_lengths, w_losses, lift, bits,
     n_tokens, n_features, width, n_words, sums,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,8 @@ def _screen(
     w_loss = tl.load(w_losses + own_column) + sums * w_length
     x_length, x_loss = tl.load(x_lengths + own_row), tl.load(x_losses + own_row)
     margin = x_loss[:, None] * w_length[None, :] + x_length[:, None] * w_loss[None, :]
-    most = product + tl.load(lift + own_column)[None, :] + margin
+    over = tl.load(lift + own_column)[None, :] - tl.load(least + own_row)[:, None]
+    most = product + over + margin
     # What is no number may fire: infinities were rounded up to.
     may = ((most > 0) | (most != most)) & (column < n_features)[None, :]
     lanes = tl.arange(0, LANES).to(tl.uint32)[None, None, :]
@@ -162,9 +163,10 @@ def support(
     w_rows: Float[Tensor, "n_features d"],
     bias: Float[Tensor, " n_features"],
     low: Float[Tensor, " n_features"],
+    floor: Float[Tensor, " n_tokens"] | None = None,
 ) -> SparseFeatures | None:
-    """The entries of `x @ w_rows.T + bias` above `low`; None where they are so many that computing
-    everything is faster.
+    """The entries of `x @ w_rows.T + bias` above `low` and above their token's `floor`, at least 0;
+    None where they are so many that computing everything is faster.
 
     The host waits twice for each run of tokens: for the number of entries that may fire, and of
     those that do. There is one run unless tokens times features are more than four billion.
@@ -172,8 +174,9 @@ def support(
     n_words = triton.cdiv(len(w_rows), _LANES)
     step = max(1, _BITS_BYTES // (4 * n_words))
     parts = []
-    for some in x.split(step):
-        found = _support(some, w_rows, bias, low, n_words)
+    floor = x.new_zeros(len(x), dtype=torch.float32) if floor is None else floor.contiguous()
+    for some, least in zip(x.split(step), floor.split(step), strict=True):
+        found = _support(some, w_rows, bias, low, least, n_words)
         if found is None:
             return None
         parts.append(found)
@@ -181,12 +184,12 @@ def support(
 
 
 def _support(
-    x: Tensor, w_rows: Tensor, bias: Tensor, low: Tensor, n_words: int
+    x: Tensor, w_rows: Tensor, bias: Tensor, low: Tensor, floor: Tensor, n_words: int
 ) -> SparseFeatures | None:
     n_tokens, n_features = len(x), len(w_rows)
     counts = torch.empty(n_tokens, dtype=torch.int64, device=x.device)
     with on(x.device):
-        bits = _bits(x, w_rows, bias, low, n_words)
+        bits = _bits(x, w_rows, bias, low, floor, n_words)
         _count_bits[(n_tokens,)](bits, n_words, counts, WORDS=_WORDS)
         offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         total = int(offsets[-1])
@@ -196,25 +199,27 @@ def _support(
         _list_bits[(n_tokens,)](bits, n_words, offsets, columns, WORDS=_WORDS, LANES=_LANES)
     at = columns.long()
     values = sampled_products(offsets, columns, x, w_rows) + bias[at]
-    fires = values > low[at]
+    fires = (values > low[at]) & (values > floor.repeat_interleave(counts, output_size=total))
     kept = fires.nonzero().squeeze(1)
     before = torch.cat((counts.new_zeros(1), fires.cumsum(0)))
     return SparseFeatures(before[offsets], columns[kept], values[kept], n_features)
 
 
-def _bits(x: Tensor, w_rows: Tensor, bias: Tensor, low: Tensor, n_words: int) -> Tensor:
+def _bits(
+    x: Tensor, w_rows: Tensor, bias: Tensor, low: Tensor, floor: Tensor, n_words: int
+) -> Tensor:
     """A bit for every entry that may fire; weights are rounded some rows at a time."""
     n_tokens, d = x.shape
     bits = torch.empty(n_tokens, n_words, dtype=torch.int32, device=x.device)
     lift = bias + bias.abs() * _SLACK - low + low.abs() * _SLACK
-    rounded = _rounded(x)
+    rounded, least = _rounded(x), floor * (1 - _SLACK)
     # Three sums err: the screen's own, the float32 one it stands for, and those of the margin.
     sums = 3 * (d + 8) * _EPSILON
     for first, stop in _tiles(len(w_rows), d):
         tiles = triton.cdiv(n_tokens, _M) * triton.cdiv(stop - first, _N)
         _screen[(tiles,)](
-            *rounded, *_rounded(w_rows[first:stop]), lift[first:], bits[:, first // _LANES :],
-            n_tokens, stop - first, rounded[0].shape[1], n_words, sums,
+            *rounded, least, *_rounded(w_rows[first:stop]), lift[first:],
+            bits[:, first // _LANES :], n_tokens, stop - first, rounded[0].shape[1], n_words, sums,
             M=_M, N=_N, K=_K, GROUP=_GROUP, LANES=_LANES, num_warps=8, num_stages=3,
         )  # fmt: skip
     return bits

@@ -35,13 +35,14 @@ class Adam:
         self.config, self.step = config, 0
         self.second = {n: torch.zeros_like(p) for n, p in parameters.items()}
         self.first = {n: torch.zeros_like(p) for n, p in parameters.items() if config.beta1}
+        self._done: dict[torch.device, Tensor] = {}
 
     def begin(self, lr: float) -> None:
         """Begin a step at rate `lr`."""
         self.step += 1
-        o = self.config
-        self._lr = lr / (1 - o.beta1**self.step)
-        self._root = 1 / math.sqrt(1 - o.beta2**self.step)
+        self._lr = lr
+        self._done = {p.device: torch.tensor(float(self.step), device=p.device)
+                      for p in self.second.values()}  # fmt: skip
 
     def whole(
         self,
@@ -88,20 +89,22 @@ class Adam:
         o = self.config
         first = self.first[name][some] if o.beta1 else None
         adam_rows(
-            rows, g, self.second[name][some], first, lr=self._lr, root=self._root,
-            beta1=o.beta1, beta2=o.beta2, eps=o.eps, unit=unit,
+            rows, g, self.second[name][some], first, unit=unit,
+            lr=self._lr / (1 - o.beta1**self.step), root=1 / math.sqrt(1 - o.beta2**self.step),
+            beta1=o.beta1, beta2=o.beta2, eps=o.eps,
         )  # fmt: skip
         return True
 
     def _update(self, name: str, some: slice, rows: Tensor, g: Tensor, scale: float) -> None:
         o = self.config
-        second = self.second[name][some]
-        second.mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
-        if o.beta1:
-            g = self.first[name][some].lerp_(g, 1 - o.beta1)
-        # lr g / (sqrt(second) root + eps), the root taken out of the sum: one pass less.
-        size = second.sqrt().add_(o.eps / self._root)
-        rows.addcdiv_(g, size, value=-self._lr * scale / self._root)
+        # Where no first moment is kept, it is the gradient: any mean of the two is the same.
+        first = self.first[name][some] if o.beta1 else g
+        # What torch.optim.Adam(fused=True) calls: all of it in one pass over the rows.
+        torch._fused_adam_(
+            [rows], [g], [first], [self.second[name][some]], [], [self._done[g.device]],
+            lr=self._lr * scale, beta1=o.beta1, beta2=o.beta2, weight_decay=0.0, eps=o.eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
 
 
 def chunks(n_rows: int, like: Float[Tensor, "..."]) -> Iterator[tuple[int, int]]:

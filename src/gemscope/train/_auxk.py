@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gemscope.sae import Encoder, TopK
+
 from ._blocks import Asks, SparseBlock
-from ._topk import top
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def revive(
 ) -> AuxGradients:
     """Gradients by which the features `dead` learn to reconstruct `left`."""
     rows = w_dec[dead]
-    code = top(x, w_enc[dead], bias[dead], min(k, len(dead)), whole_batch=False, floor=0.0)
+    code = Encoder(w_enc[dead].T, bias[dead], TopK(k), keep=False).encode(x)
     block = SparseBlock(code, 0, None)
     size = left.square().sum(dtype=torch.float64).clamp_min(1e-30)
     error = block.decode(rows) - left

@@ -13,9 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gemscope.sae import Encoder, JumpReLU, SparseFeatures
-
-from ._topk import top
+from gemscope.sae import BatchTopK, Encoder, JumpReLU, SparseFeatures, TopK
 
 _MOST = 2**26
 """Entries of a dense product shared by several artefacts: 256 MB."""
@@ -34,8 +32,6 @@ class Member:
     k: int = 0
     whole_batch: bool = False
     """Whether the largest are chosen from the batch, not for each token."""
-    floor: float = 0.0
-    """Below all of the largest entries, or nearly: where to look for them."""
 
 
 Encoded = Float[Tensor, "batch n_features"] | SparseFeatures
@@ -113,4 +109,5 @@ def _sparse(x: Tensor, rows: Tensor, members: list[Member]) -> list[Encoded]:
 
 
 def _largest(x: Tensor, m: Member) -> SparseFeatures:
-    return top(x, m.w_enc, m.bias, m.k, whole_batch=m.whole_batch, floor=m.floor)
+    largest = BatchTopK(m.k) if m.whole_batch else TopK(m.k)
+    return Encoder(m.w_enc.T, m.bias, largest, keep=False).encode(x)

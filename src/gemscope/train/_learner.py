@@ -19,7 +19,6 @@ from ._bank import Encoded, Member
 from ._blocks import Block, DenseBlock, SparseBlock, Window
 from ._config import Artefact
 from ._penalties import penalties
-from ._topk import next_floor
 from ._update import Part, update
 from ._weights import Scales, Weights
 
@@ -70,7 +69,6 @@ class Learner:
         """Tokens since each feature fired."""
         self.density = 1.0
         """Share of entries in the support of the last step: what decides which way is faster."""
-        self.floor = 0.0
         self.aim = config.l0
         self.clock = Clock()
 
@@ -95,7 +93,6 @@ class Learner:
                     dense=self.density > _sparse_below(rows),
                     k=int(c.l0),
                     whole_batch=c.activation == "batch-topk",
-                    floor=self.floor,
                 )
             )
         return out
@@ -216,13 +213,16 @@ class Learner:
             self.aim += c.sparsity.aim * (c.l0 - l0)
             self.aim = min(max(self.aim, c.l0 / 2), 2 * c.l0)
         given = encoded[0]
-        if not self.member_low and isinstance(given, SparseFeatures):
-            whole = c.activation == "batch-topk"
-            self.floor = next_floor(given, int(c.l0), whole_batch=whole)
-            if whole and given.values.numel():
-                least, known = given.values.min(), self.weights.threshold[0]
-                weight = min(1.0, max(_EMA, _LAST / self.steps))
-                known.copy_(least if self.step == 1 else known.lerp(least.expand_as(known), weight))
+        if c.activation == "batch-topk" and isinstance(given, SparseFeatures):
+            self._follow(given.values)
+
+    def _follow(self, chosen: Tensor) -> None:
+        """Move the threshold of a `batch-topk` dictionary towards the smallest value chosen."""
+        if not chosen.numel():
+            return
+        least, known = chosen.min(), self.weights.threshold[0]
+        weight = min(1.0, max(_EMA, _LAST / self.steps))
+        known.copy_(least if self.step == 1 else known.lerp(least.expand_as(known), weight))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint."""
@@ -233,7 +233,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """The rest of a checkpoint."""
-        names = ("step", "tokens", "density", "floor", "aim")
+        names = ("step", "tokens", "density", "aim")
         return {n: getattr(self, n) for n in names} | {
             "seconds": self.clock.seconds, "c_in": self.scales.c_in, "c_out": self.scales.c_out,
         }  # fmt: skip
@@ -243,7 +243,7 @@ class Learner:
         for name, value in self.tensors().items():
             value.copy_(tensors[name])
         self.step, self.tokens = state["step"], state["tokens"]
-        self.density, self.floor, self.aim = state["density"], state["floor"], state["aim"]
+        self.density, self.aim = state["density"], state["aim"]
         self.adam.step, self.clock.seconds = self.step, dict(state["seconds"])
 
 
