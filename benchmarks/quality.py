@@ -29,12 +29,15 @@ PEERS = {
 
 
 def quality() -> Iterator[dict]:
-    """The means over seeds of each trainer at each L0, with the range of the seeds."""
+    """The means over seeds of each trainer at each L0, with the range of the seeds. Seconds are
+    those of training one dictionary; ours are trained together, and share them.
+    """
     WORK.mkdir(parents=True, exist_ok=True)
     store = WORK / "x.safetensors"
     if not store.is_file():
         _harvest(store)
-    made = {**_ours(store), **_theirs(store)}
+    took: dict[tuple, float] = {}
+    made = {**_ours(store, took), **_theirs(store, took)}
     points = _measured(made)
     records = []
     for who in dict.fromkeys(name for name, _, _ in points):
@@ -42,7 +45,11 @@ def quality() -> Iterator[dict]:
             found = [m for (name, target, _), m in points.items() if (name, target) == (who, l0)]
             if not found:
                 continue
-            record = {"command": f"{who}, L0 {l0}", "tokens": TOKENS, "seeds": len(found)}
+            seconds = [s for (name, target, _), s in took.items() if (name, target) == (who, l0)]
+            record = {
+                "command": f"{who}, L0 {l0}", "tokens": TOKENS, "seeds": len(found),
+                "seconds": statistics.mean(seconds),
+            }  # fmt: skip
             for key in ("l0", "fvu", "delta_loss"):
                 values = [m[key] for m in found]
                 record |= {key: statistics.mean(values), f"{key}_range": [min(values), max(values)]}
@@ -94,7 +101,9 @@ class _Stored:
             yield ActivationBatch({self.sites[0]: batch}, Position(0, place + 1))
 
 
-def _ours(file: Path) -> dict:
+def _ours(file: Path, took: dict[tuple, float]) -> dict:
+    import time
+
     from gemscope.train import Trainer, parse_config
     from gemscope.train._export import dictionary_of
 
@@ -119,16 +128,17 @@ def _ours(file: Path) -> dict:
         source="the benchmark",
     )  # fmt: skip
     trainer = Trainer(config, _Stored(file))
+    began, made = time.perf_counter(), {}
     trainer.train(WORK / "run")
-    return {
-        (f"gemscope {x.config.activation}", int(x.config.l0), x.config.seed): dictionary_of(
-            x, "gemscope/miniature"
-        )
-        for x in trainer.learners
-    }
+    seconds = time.perf_counter() - began
+    for x in trainer.learners:
+        key = f"gemscope {x.config.activation}", int(x.config.l0), x.config.seed
+        made[key] = dictionary_of(x, "gemscope/miniature")
+        took[key] = seconds / len(trainer.learners)
+    return made
 
 
-def _theirs(file: Path) -> dict:
+def _theirs(file: Path, took: dict[tuple, float]) -> dict:
     from safetensors import safe_open
 
     from gemscope.sae import SAE, JumpReLU, TopK
@@ -151,6 +161,7 @@ def _theirs(file: Path) -> dict:
                 with safe_open(out, "pt") as stored:
                     p = {n: stored.get_tensor(n).float() for n in list(stored.keys())}
                     told = stored.metadata()
+                took[name, l0, seed] = float(told["seconds"])
                 activation = TopK(int(told["k"])) if "k" in told else JumpReLU(p["threshold"])
                 made[name, l0, seed] = SAE(
                     w_enc=p["w_enc"], b_enc=p["b_enc"], w_dec=p["w_dec"], b_dec=p["b_dec"],

@@ -5,7 +5,7 @@
 
 The tensor `x [n, d]` is read in order in whole batches, from its start again where `--tokens` is
 more. OUT has `w_enc [d_in, d_sae]`, `b_enc`, `w_dec [d_sae, d_out]`, `b_dec`, for a JumpReLU
-`threshold`, and the metadata `activation` (`jumprelu` or `topk`) and `k`, in units of the stored
+`threshold`, and the metadata `activation` (`jumprelu` or `topk`), `seconds` and `k`, in units of the stored
 activations: f = act(x @ w_enc + b_enc), xhat = f @ w_dec + b_dec. A JumpReLU keeps what is over
 its threshold, a TopK the k largest of a row that are over zero. It is compared with the peer's own
 forward in float64: all but one token in a hundred, where a feature on its threshold may fall
@@ -212,7 +212,8 @@ def measure(given: argparse.Namespace) -> dict:
     k = int(given.l0) if given.kind == "topk" else None
     tokens = next(x.batches(1))[:CHECKED]
     compared = compare(peer, parts, k, tokens)
-    metadata = {"activation": given.kind} | ({} if k is None else {"k": str(k)})
+    metadata = {"activation": given.kind, "seconds": f"{seconds:.1f}"}
+    metadata |= {} if k is None else {"k": str(k)}
     save_file(parts, given.out, metadata)
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(given).items()} | {
         "version": importlib.metadata.version(package),
