@@ -27,7 +27,8 @@ demo: $(STAMP)  ## evaluate the bundled dictionaries on the bundled model, offli
 
 test: $(STAMP)  ## lint, types, and the whole test suite
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -q -m "not gpu and not weights"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not weights" \
+	  -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ _hook = install_import_hook("gemscope", "beartype.beartype")
 import pytest
 import torch
 
+WIDEST = "miniature/resid_post/layer_3_width_2k_l0_medium"
+
 
 @pytest.fixture(scope="session")
 def miniature():
@@ -31,11 +33,20 @@ def entries():
 
 
 @pytest.fixture(scope="session")
-def residual(entries):
-    """The first residual-stream dictionary."""
+def residual(entry):
+    """The widest residual-stream dictionary."""
     from gemscope.hub import build
 
-    return build(next(e for e in entries if e.kind == "sae"))
+    return build(entry)
+
+
+@pytest.fixture(scope="session")
+def kinds(entries):
+    """An artefact of each kind and site, with and without skip connection: the widest."""
+    from gemscope.sites import each
+
+    wide = sorted(entries, key=lambda e: (e.d_sae, e.address))
+    return list({(e.kind, each(e.reads)[0].stream, e.affine): e for e in wide}.values())
 
 
 @pytest.fixture
@@ -70,8 +81,9 @@ def unchecked():
 
 @pytest.fixture(scope="session")
 def entry(entries):
-    """An artefact that is an SAE of the residual stream."""
-    return next(e for e in entries if e.kind == "sae" and e.d_in == e.d_out)
+    """The widest SAE of the residual stream."""
+    (found,) = (e for e in entries if e.address == WIDEST)
+    return found
 
 
 @pytest.fixture

@@ -203,9 +203,9 @@ def test_text_too_short_to_train_on_is_refused(train, file, content, match):
 
 
 RESIDUAL = "miniature/resid_post/layer_3_width_2k_l0_medium"
-SKIPPING = "miniature/transcoder/layer_3_width_2k_l0_medium_affine"
+SKIPPING = "miniature/transcoder_all/layer_3_width_192_l0_small_affine"
 OF_3 = {"a.reads": "3.resid_post", "a.d_sae": 2048, "a.start": RESIDUAL}
-TRANSCODER = {"a.reads": "3.mlp_in", "a.writes": "3.mlp_out", "a.start": SKIPPING, "a.d_sae": 2048}
+TRANSCODER = {"a.reads": "3.mlp_in", "a.writes": "3.mlp_out", "a.start": SKIPPING, "a.d_sae": 192}
 
 
 @pytest.mark.parametrize(

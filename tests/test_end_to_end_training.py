@@ -34,7 +34,8 @@ def read(miniature, rows):
 
 @pytest.mark.parametrize("kind", ["sae", "transcoder"])
 def test_the_first_step_is_that_of_the_artefact(kind, entries, read, miniature, tmp_path):
-    entry = next(e for e in entries if e.kind == kind and e.reads.layer == 3)
+    site = {"sae": "3.resid_post", "transcoder": "3.mlp_in"}[kind]
+    entry = next(e for e in entries if e.kind == kind and str(e.reads) == site)
     start = {"name": "x", "reads": str(entry.reads), "writes": str(entry.writes),
              "d_sae": entry.d_sae, "l0": entry.l0, "affine": entry.affine,
              "start": entry.address}  # fmt: skip

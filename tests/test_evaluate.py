@@ -23,6 +23,7 @@ TEXTS = [
     "import os\n\n\nclass Walker:\n    def __init__(self, top):\n        self.top = top\n",
     "for name in sorted(names):\n    print(name, file=sys.stderr)\n",
 ]
+ONE_LAYER = ("sae", "transcoder")
 DOCUMENTS = [Document(str(i), text) for i, text in enumerate(TEXTS)]
 
 
@@ -134,9 +135,9 @@ def oracle(model, sae, ours):
     return {name: float(value) for name, value in expected.items()}, flips, f.numel()
 
 
-@pytest.mark.parametrize("kind", ["sae", "transcoder"])
-def test_every_metric_against_float64(exact, entries, kind):
-    sae = build(next(e for e in entries if e.kind == kind))
+@pytest.mark.parametrize("stream", ["resid_post", "mlp_out", "mlp_in"])
+def test_every_metric_against_float64(exact, kinds, stream):
+    sae = build(next(e for e in kinds if e.kind in ONE_LAYER and e.reads.stream == stream))
     (result,) = evaluate(exact, [sae], DOCUMENTS)
     expected, flips, entries_ = oracle(exact, sae, lambda x: sae.encode(x).dense())
     assert flips < 1e-3 * entries_
@@ -186,8 +187,8 @@ def test_float32_gives_the_float64_figures(miniature, exact, residual):
         assert single.metrics[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
-def test_batches_and_neighbours_do_not_change_a_figure(miniature, entries):
-    one, other = (build(e) for e in entries[:2])
+def test_batches_and_neighbours_do_not_change_a_figure(miniature, kinds):
+    one, other = (build(e) for e in kinds[:2])
     (alone,) = evaluate(miniature, [one], DOCUMENTS, Settings(batch=1))
     together, _ = evaluate(miniature, [one, other], DOCUMENTS, Settings(batch=3))
     for name, value in alone.metrics.items():
@@ -238,8 +239,8 @@ def test_a_constant_offset_is_an_error(miniature, residual):
     assert result.metrics["mse"] == pytest.approx(0.25, rel=1e-5)
 
 
-def test_the_global_variant_is_never_above_the_papers(miniature, entries):
-    for result in evaluate(miniature, [build(e) for e in entries], DOCUMENTS):
+def test_the_global_variant_is_never_above_the_papers(miniature, kinds):
+    for result in evaluate(miniature, [build(e) for e in kinds], DOCUMENTS):
         assert 0 < result.metrics["fvu_global"] <= result.metrics["fvu"]
 
 
@@ -265,12 +266,12 @@ def test_bos_is_in_no_figure(miniature, residual):
     assert result.metrics["delta_loss"] == 0
 
 
-def test_the_random_dictionary_has_the_l0_and_not_the_quality(miniature, entries):
+def test_the_random_dictionary_has_the_l0_and_not_the_quality(miniature, kinds):
     documents = read_text("miniature")
-    saes = [build(e) for e in entries]
+    saes = [build(e) for e in kinds]
     for result in evaluate(miniature, saes, documents, Settings(tokens=2_000)):
         assert result.baseline["l0"] == pytest.approx(result.metrics["l0"], rel=0.1)
-        assert result.baseline["fvu"] > 2 * result.metrics["fvu"]
+        assert result.baseline["fvu"] > 1.3 * result.metrics["fvu"]
 
 
 def test_uniformity_by_hand():

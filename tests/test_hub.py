@@ -15,6 +15,7 @@ from gemscope import formats, hub
 from gemscope.errors import InputError
 from gemscope.hub import build, catalog, digest, load_sae, locate, model_source, published
 from gemscope.sae import JumpReLU
+from gemscope.sites import each
 
 ROW = [
     "address", "kind", "reads", "writes", "d_in", "d_out", "d_sae", "l0", "affine", "model",
@@ -83,17 +84,19 @@ def test_an_address_says_where_the_files_are(entries):
 
 def test_an_entry_says_what_the_files_say(entries):
     for entry in entries:
-        (part,), config = formats.read(entry.path), formats.read_config(entry.path)
-        assert part.w_enc.shape == (entry.d_in, entry.d_sae)
-        assert part.w_dec.shape == (entry.d_sae, entry.d_out)
-        assert str(part.w_enc.dtype) == f"torch.{entry.dtype}"
-        assert (part.skip is not None) == entry.affine
+        parts, config = formats.read(entry.path), formats.read_config(entry.path)
+        for part in parts:
+            assert part.w_enc.shape == (entry.d_in, entry.d_sae // len(parts))
+            assert part.w_dec.shape[0] == entry.d_sae // len(parts)
+            assert part.w_dec.shape[-1] == entry.d_out
+            assert str(part.w_enc.dtype) == f"torch.{entry.dtype}"
+            assert (part.skip is not None) == entry.affine
         assert (config.type, config.l0, config.model_name) == (entry.kind, entry.l0, entry.model)
-        assert (entry.kind == "sae") == (entry.reads == entry.writes)
+        assert (entry.kind in ("sae", "crosscoder")) == (entry.reads == entry.writes)
 
 
 def test_the_catalog_is_ordered_and_chosen_by_words(entries):
-    assert entries == sorted(entries, key=lambda e: (e.reads, e.address))
+    assert entries == sorted(entries, key=lambda e: (each(e.reads), e.address))
     for entry in entries:
         assert entry in catalog(entry.address.upper())
         assert entry in catalog(f"{entry.kind} {entry.address[-5:]}")
@@ -141,6 +144,8 @@ def test_a_folder_loads_as_its_address_does(entries, copied):
 
 def test_every_artefact_loads_with_the_weights_of_its_file(entries):
     for entry in entries:
+        if entry.kind not in ("sae", "transcoder"):
+            continue
         (part,) = formats.read(entry.path)
         sae = build(entry)
         assert torch.equal(sae.w_enc, part.w_enc)
@@ -190,3 +195,15 @@ def test_the_miniature_is_a_folder_and_any_other_name_is_itself(entries):
     assert Path(model_source("miniature"), "config.json").is_file()
     assert {model_source(e.model) for e in entries} == {model_source("miniature")}
     assert model_source("google/gemma-3-1b-pt") == "google/gemma-3-1b-pt"
+
+
+@pytest.mark.parametrize("kind", ["crosscoder", "clt"])
+def test_every_multi_layer_artefact_does_so_too(entries, kind):
+    (entry,) = (e for e in entries if e.kind == kind)
+    model = build(entry)
+    for layer, part in zip(model.layers, formats.read(entry.path), strict=True):
+        assert torch.equal(layer.w_enc, part.w_enc)
+        assert torch.equal(layer.w_dec, part.w_dec)
+        assert torch.equal(layer.threshold, part.threshold.float())
+        assert (layer.skip is not None) == entry.affine
+    assert (model.reads, model.writes) == (entry.reads, entry.writes)

@@ -23,9 +23,9 @@ LAYERS = (1, 3, 4)
 @pytest.fixture(scope="module")
 def singles(entries):
     """The residual-stream dictionaries of the miniature, by layer."""
-    found = [e for e in entries if e.kind == "sae"]
-    assert tuple(e.reads.layer for e in found) == LAYERS
-    return [hub.build(e) for e in found]
+    of = {e.address: e for e in entries}
+    name = "miniature/resid_post_all/layer_{}_width_384_l0_big"
+    return [hub.build(of[name.format(layer)]) for layer in LAYERS]
 
 
 def layer(sae, place, count):
@@ -112,12 +112,12 @@ def test_a_folder_of_layers_is_evaluated_and_reported(command, folder, tmp_path)
     assert found["importance_uniformity"] is None
     page = (tmp_path / found["report"].split("/")[-2] / "report.html").read_text("utf-8")
     assert "Layer by layer" in page
-    assert "A crosscoder with 6,144 features" in page
+    assert "A crosscoder with 1,152 features" in page
     code, out, _ = command("info", folder, "--json")
-    assert json.loads(out)["shapes"]["w_dec"] == [2048, 3, 256]
+    assert json.loads(out)["shapes"]["w_dec"] == [384, 3, 256]
 
 
-@pytest.mark.parametrize("feature", [None, 4_000])
+@pytest.mark.parametrize("feature", [None, 800])
 def test_look_of_a_folder_is_drawn(command, folder, tmp_path, feature):
     more = [] if feature is None else ["--feature", feature]
     file = tmp_path / "look.svg"

@@ -20,7 +20,7 @@ def one(miniature, residual):
     ]
     settings = Settings(tokens=60)
     (found,) = evaluate(miniature, [residual], documents, settings)
-    entry = next(e for e in hub.catalog(release="miniature") if e.kind == "sae")
+    entry = hub.locate("miniature/resid_post/layer_3_width_2k_l0_medium")
     return record(miniature, residual, entry, found, documents, settings, text="two lines")
 
 

@@ -372,8 +372,8 @@ def test_a_step_waits_as_often_whatever_the_width(generator):
 
 POINTERS = {
     "int64": "offsets pieces owners indices rows columns counts",
-    "fp32": "values table parts out a b lengths losses x_lengths x_losses w_lengths w_losses lift "
-            "p g v m",
+    "fp32": "values table parts out a b lengths losses x_lengths x_losses least w_lengths w_losses "
+            "lift p g v m",
     "bf16": "low x w",
     "int32": "bits",
 }  # fmt: skip

@@ -12,6 +12,7 @@ import math
 import platform
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,12 +57,11 @@ def main() -> None:
     entries = hub.catalog(release="miniature")
     documents = read_text(BUNDLED)
     settings = Settings(tokens=TOKENS, context=model.max_context)
-    rows = []
-    for entry in entries:
-        began = time.monotonic()
-        (result,) = evaluate(model, [hub.build(entry)], documents, settings)
-        rows.append((entry, result.metrics, _trained(work, entry.address)))
-        print(f"  {entry.address}: {time.monotonic() - began:.0f} s", flush=True)
+    results = evaluate(model, [hub.build(e) for e in entries], documents, settings, _told())
+    rows = [
+        (entry, result.metrics, _trained(work, entry.address))
+        for entry, result in zip(entries, results, strict=True)
+    ]
     _write_published(rows)
     trained = _model_training(work)
     size = sum(f.stat().st_size for f in miniature.MODEL.iterdir())
@@ -84,6 +84,15 @@ def main() -> None:
     )
     (miniature.MODEL.parent / "MODEL_CARD.md").write_text(card, "utf-8")
     print(f"held-out loss {nats:.4f} nats per token, {bits:.4f} bits per byte, {tokens} tokens")
+
+
+def _told() -> Callable[[str, int, int], None]:
+    began = time.monotonic()
+
+    def told(what: str, done: int, total: int) -> None:
+        print(f"  {what}: {done:,} of {total:,}, {time.monotonic() - began:.0f} s", flush=True)
+
+    return told
 
 
 def _model_training(work: Path) -> str:

@@ -12,7 +12,7 @@ from ._show import print_json
 if TYPE_CHECKING:
     from gemscope.hub import Entry
 
-_SHOWN = 60
+_SHOWN = 80
 
 
 def list_command(

@@ -155,6 +155,10 @@ def _of_path(folder: Path) -> Entry | None:
     return None
 
 
+_NEAR = 20
+"""Addresses that are compared letter by letter."""
+
+
 def _is_release(address: str) -> bool:
     """Whether the first part is a release's name, or one misspelt."""
     name = address.split("/", 1)[0].removesuffix("-canonical")
@@ -178,7 +182,11 @@ def _nearest(address: str) -> list[str]:
         off = abs((entry.l0 or 0.0) - float(l0[1])) if l0 else 0.0
         return -len(words & wanted), layers, off
 
-    return [e.address for e in sorted(known, key=distance)[:3]]
+    def letters(entry: Entry) -> float:
+        return difflib.SequenceMatcher(None, entry.address, address).ratio()
+
+    near = sorted(known, key=distance)[:_NEAR]
+    return [e.address for e in sorted(near, key=lambda e: (*distance(e), -letters(e)))[:3]]
 
 
 def _words(address: str) -> set[str]:

@@ -149,7 +149,7 @@ class Encoder:
         found = self._encode_above(x, self._zeros, floor)
         code = largest_of_each(found, k)
         # Above a floor of 0 is all that may be chosen.
-        short = ((found.counts < k) & (floor > 0)).nonzero().squeeze(1)
+        short = ((found.counts < k) & (floor != 0)).nonzero().squeeze(1)
         return with_tokens(code, short, self._sort_each(x[short], k)) if len(short) else code
 
     def _encode_batch_top_k(self, x: Tensor, k: int) -> SparseFeatures:
