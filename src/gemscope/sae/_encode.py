@@ -87,14 +87,14 @@ class Encoder:
                 return fused
         low = None if scratch is None or not self._screens_pay(len(x)) else lowered(x, floor)
         rows, columns, values = [], [], []
-        # Screens are kept, so their tiles are the same for any number of tokens.
-        for first, stop in self._tiles(len(x) if low is None else _CHUNK):
+        # Where screens are kept, their tiles are the same for any number of tokens.
+        for first, stop in self._tiles(_CHUNK if low is not None and self._keeps else len(x)):
             above = threshold[first:stop]
             if low is not None and scratch is not None:
                 screen = self._screen(first, stop, above, scratch)
                 found = screen.entries(x, low, scratch)
                 least = above[found.columns] if floor is None else floor[found.rows]
-                kept = found.values > least
+                kept = (found.values > least).nonzero().squeeze(1)
                 r, c, v = found.rows[kept], found.columns[kept], found.values[kept]
             else:
                 pre = self._pre(x, first, stop, scratch)

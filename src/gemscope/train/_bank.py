@@ -94,12 +94,10 @@ def _sparse(x: Tensor, rows: Tensor, members: list[Member]) -> list[Encoded]:
         return [found]
     ends = torch.tensor([len(m.w_enc) for m in members], device=x.device).cumsum(0)
     columns, tokens = found.indices.long(), found.rows
-    owner = torch.bucketize(columns, ends, right=True)
-    order = owner.sort(stable=True).indices
-    counts = torch.bincount(owner, minlength=len(members)).tolist()
     out: list[Encoded] = []
-    for m, mine, end in zip(members, order.split(counts), ends.tolist(), strict=True):
+    for m, end in zip(members, ends.tolist(), strict=True):
         width = len(m.w_enc)
+        mine = ((columns >= end - width) & (columns < end)).nonzero().squeeze(1)
         out.append(
             SparseFeatures.from_entries(
                 tokens[mine], columns[mine] - (end - width), found.values[mine], len(x), width

@@ -53,7 +53,8 @@ class SparseBlock:
         self._fires: Tensor | None = None
         if window is not None:
             fires = support.values > window.threshold[self._columns]
-            self._fires = None if bool(fires.all()) else fires
+            # Places, not truth values: those would be searched anew by all that they choose from.
+            self._fires = None if bool(fires.all()) else fires.nonzero().squeeze(1)
         code = support
         if self._fires is not None:
             kept = self._fires
