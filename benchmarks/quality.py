@@ -5,7 +5,6 @@ at by the same evaluation on held-out text. `python benchmarks/run.py --keep qua
 records and `docs/pareto.png`.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -176,14 +175,12 @@ def _measured(made: dict) -> dict:
     from gemscope.lm import load_model
 
     model = load_model("miniature", dtype="float32")
-    found = {}
-    for key, sae in made.items():
-        (result,) = evaluate(
-            model, [sae], read_text("miniature"), Settings(tokens=HELD_OUT, context=512)
-        )
-        found[key] = {n: result.metrics[n] for n in ("l0", "fvu", "delta_loss")}
-        print(json.dumps({"of": key} | found[key]), flush=True)
-    return found
+    settings = Settings(tokens=HELD_OUT, context=512)
+    results = evaluate(model, list(made.values()), read_text("miniature"), settings)
+    return {
+        key: {n: result.metrics[n] for n in ("l0", "fvu", "delta_loss")}
+        for key, result in zip(made, results, strict=True)
+    }
 
 
 def draw(records: list[dict], file: Path) -> None:
