@@ -169,8 +169,8 @@ text.
 ## The dictionaries
 
 Gemma Scope 2's layout; matrices in bfloat16, vectors in float32: {scope:.1f} MB. All were trained
-in one pass over the model, on the same {seen:,} tokens, by `gemscope train` with
-`scripts/miniature/scope.yaml`. Measured on {measured:,} tokens of the held-out text in float32;
+on the same {seen:,} tokens in the same order, by the recipes of `scripts/miniature/scope.yaml`: 46 in
+one pass over the model, 20 in later ones, by recipes that had been bettered. Measured on {measured:,} tokens of the held-out text in float32;
 dead features are those that the last 100,000 tokens of training did not fire, silent ones those
 that the held-out tokens did not.
 
