@@ -109,3 +109,48 @@ def file(tmp_path):
         return made
 
     return make
+
+
+INDEXED = tuple(f"miniature/resid_post_all/layer_{n}_width_384_l0_small" for n in (2, 3))
+
+
+@pytest.fixture(scope="session")
+def indexed():
+    """Addresses of the dictionaries in `small_store`: the same site of two layers."""
+    return INDEXED
+
+
+@pytest.fixture(scope="session")
+def small_store(miniature, tmp_path_factory):
+    """A catalog store of two dictionaries on 20,000 tokens, activations kept; to be read only."""
+    from gemscope import features, hub
+
+    subjects = []
+    for address in INDEXED:
+        entry = hub.obtain(hub.locate(address))
+        subjects.append(
+            features.Subject(
+                address=address,
+                sae=hub.build(entry),
+                digest=hub.digest(entry),
+                nominal_l0=entry.l0,
+            )
+        )
+    folder = tmp_path_factory.mktemp("store") / "store"
+    features.index(
+        miniature,
+        subjects,
+        features.sources_of(tokens=20_000),
+        features.Store.create(folder),
+        features.Settings(tokens=20_000, keep_activations=True),
+        model_name="miniature",
+    )
+    return folder
+
+
+@pytest.fixture
+def own_store(small_store, tmp_path):
+    """A copy of `small_store` that a test may write to."""
+    import shutil
+
+    return shutil.copytree(small_store, tmp_path / "store")

@@ -13,11 +13,15 @@ from . import (
     _doctor,
     _download,
     _eval,
+    _feature,
     _harvest,
+    _index,
     _info,
     _list,
     _look,
+    _search,
     _train,
+    _verify,
 )
 
 app = typer.Typer(
@@ -36,6 +40,10 @@ app.command("info")(_info.info)
 app.command("list")(_list.list_command)
 app.command("download")(_download.download)
 app.command("convert")(_convert.convert)
+app.command("index")(_index.index_command)
+app.command("feature")(_feature.feature_command)
+app.command("search")(_search.search_command)
+app.command("verify")(_verify.verify_command)
 app.command("train")(_train.train_command)
 app.command("harvest")(_harvest.harvest_command)
 app.command("doctor")(_doctor.doctor)

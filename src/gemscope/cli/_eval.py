@@ -7,6 +7,7 @@ import typer
 
 from gemscope.errors import InputError
 
+from ._addresses import each_address
 from ._show import console, number, percent, print_json, token_progress
 from ._sites import Reads, Writes, given
 
@@ -93,7 +94,7 @@ def run(
     from gemscope import corpus, hub
 
     said = given(reads, writes, model)
-    entries = [hub.obtain(hub.locate(address, said)) for address in _each(addresses)]
+    entries = [hub.obtain(hub.locate(address, said)) for address in each_address(addresses)]
     models = sorted({entry.model for entry in entries})
     if model is None and len(models) > 1:
         raise InputError(f"these dictionaries belong to several models: {', '.join(models)}; "
@@ -121,26 +122,6 @@ def run(
         ]
         page = ev.write_report(folder, records, title=f"{title}: {lm.name or model or models[0]}")
     return records, page
-
-
-def _each(addresses: list[str]) -> list[str]:
-    """The addresses, each once, with patterns replaced by the catalog addresses they match."""
-    from fnmatch import fnmatchcase
-
-    from gemscope import hub
-
-    found: list[str] = []
-    for address in addresses:
-        if "*" not in address:
-            found.append(address)
-            continue
-        matching = [e.address for e in hub.catalog() if fnmatchcase(e.address, address)]
-        if not matching:
-            raise InputError(
-                f"no address of the catalog matches {address}; gemscope list shows them"
-            )
-        found += matching
-    return list(dict.fromkeys(found))
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +45,19 @@ def bar(*columns: "ProgressColumn") -> "Iterator[Progress]":
 
 
 @contextmanager
-def token_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr with rate and time left, for callbacks of `(what, done, total)`."""
+def token_progress(
+    units: Mapping[str, str] | None = None,
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with rate and time left, for callbacks of `(what, done, total)`.
+
+    What is counted are tokens, or for some of `what` the units named.
+    """
     from rich import progress as bars
 
     columns = (
         bars.TextColumn("{task.description:<24}"),
         bars.BarColumn(bar_width=30),
-        bars.TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
+        bars.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
         bars.TextColumn("{task.fields[rate]}"),
         bars.TimeRemainingColumn(),
     )
@@ -60,10 +65,11 @@ def token_progress() -> Iterator[Callable[[str, int, int], None]]:
     with bar(*columns) as progress:
 
         def update(what: str, done: int, total: int) -> None:
+            unit = (units or {}).get(what, "tokens")
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total, rate="")
+                tasks[what] = progress.add_task(what, total=total, rate="", unit=unit)
             pace = next(t.speed for t in progress.tasks if t.id == tasks[what])
-            speed = f"{pace:,.0f} tokens/s" if pace else ""
+            speed = f"{pace:,.0f} {unit}/s" if pace else ""
             progress.update(tasks[what], completed=done, rate=speed)
 
         yield update

@@ -11,6 +11,8 @@ from gemscope import miniature
 from gemscope.errors import InputError
 from gemscope.miniature import Document
 
+from ._presets import PRESETS, read_preset
+
 BUNDLED = "miniature"
 """Name of the bundled held-out text."""
 LIBRARY = "python"
@@ -20,6 +22,9 @@ LIBRARY = "python"
 def read_text(source: str) -> list[Document]:
     """The documents of a named text, a file, a folder, or a glob pattern.
 
+    Named texts are the bundled ones, `miniature` and `python`, and kinds of text cut out of the
+    latter: `code`, `docstrings` and `tests`, or `python:tests` where a file has that name.
+
     A `.jsonl` file holds one document a line, an object with `text`; any other file is one
     document. Of a folder, every file is read that is UTF-8 text and not
     hidden.
@@ -28,6 +33,10 @@ def read_text(source: str) -> list[Document]:
         return _read_lines(miniature.HELD_OUT)
     if source == LIBRARY:
         return miniature.documents("library") + miniature.documents("tests")
+    if (preset := source.removeprefix(f"{LIBRARY}:")) in PRESETS and (
+        preset != source or not os.path.exists(source)
+    ):
+        return read_preset(preset)
     # Unlike those of pathlib, these do not fail on what cannot be a path.
     path = Path(os.path.expanduser(source))
     if os.path.isfile(path):
@@ -39,7 +48,7 @@ def read_text(source: str) -> list[Document]:
         if not files:
             raise InputError(
                 f"no text at {source!r}: give a file, a folder, a glob pattern such as "
-                f"'docs/**/*.md', {BUNDLED!r} or {LIBRARY!r}"
+                f"'docs/**/*.md', {BUNDLED!r}, {LIBRARY!r}, or {', '.join(map(repr, PRESETS))}"
             )
         found = list(_read_all([f for f in files if f.is_file()]))
     if not any(d.text.strip() for d in found):

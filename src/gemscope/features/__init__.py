@@ -1,6 +1,45 @@
-"""What features fire on."""
+"""What features fire on: one pass over a text, the catalog store, cards, search."""
 
+from ._activations import Activations as Activations
+from ._activations import Entries as Entries
+from ._activations import write_activations as write_activations
+from ._card import card as card
+from ._card import grouped as grouped
+from ._card import shade as shade
+from ._card import window as window
+from ._card import write_card as write_card
+from ._collect import Estimate as Estimate
+from ._collect import Stopped as Stopped
+from ._collect import collect as collect
+from ._collect import estimate as estimate
+from ._index import Settings as Settings
+from ._index import Subject as Subject
+from ._index import index as index
+from ._live import search_text as search_text
 from ._look import Look as Look
 from ._look import check_plot as check_plot
 from ._look import look as look
 from ._look import plot_look as plot_look
+from ._pieces import shown as shown
+from ._pieces import token_pieces as token_pieces
+from ._records import Explanation as Explanation
+from ._records import Note as Note
+from ._records import Score as Score
+from ._search import Among as Among
+from ._search import Found as Found
+from ._search import described as described
+from ._search import search as search
+from ._search import search_like as search_like
+from ._search import search_promotes as search_promotes
+from ._search import search_where as search_where
+from ._sources import named as named
+from ._sources import sources_of as sources_of
+from ._statistics import Keep as Keep
+from ._store import Store as Store
+from ._text import Source as Source
+from ._text import Text as Text
+from ._together import pair_counts as pair_counts
+from ._verify import Verified as Verified
+from ._verify import verify as verify
+from ._weights import decoder_vectors as decoder_vectors
+from ._weights import encoder_vectors as encoder_vectors
