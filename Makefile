@@ -44,6 +44,11 @@ $(PEER)/.installed:
 	  torch==2.13.0 sae-lens==6.54.12 transformer-lens==3.9.0 natsort==8.4.0 schedulefree==1.4.1
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  eai-sparsify==1.3.3 dictionary-learning==0.1.0
+	# Its pins are years old; with these it runs.
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  sae-dashboard==0.8.0 dataclasses-json==0.6.7 marshmallow==3.26.1 typing-inspect==0.9.0 \
+	  mypy-extensions==1.2.0 eindex-callum==0.1.2
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check matplotlib einops
 	@touch $@
 
 miniature: $(STAMP)  ## make the bundled model and its dictionaries from scratch (hours; resumable)

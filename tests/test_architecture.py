@@ -14,7 +14,7 @@ ROOT = PACKAGE.parents[1]
 # Each may import those before it.
 LAYERS = (
     "errors", "miniature", "sites", "corpus", "sae", "formats", "hub", "lm", "activations",
-    "evaluate", "train", "features", "cli",
+    "evaluate", "train", "features", "relate", "explain", "exchange", "cli",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "matplotlib", "pydantic", "numpy", "rich", "huggingface_hub"}
 

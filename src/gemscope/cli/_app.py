@@ -7,19 +7,25 @@ import typer
 from gemscope.errors import InputError
 
 from . import (
+    _catalog,
     _check,
+    _cluster,
+    _compare,
     _convert,
     _demo,
     _doctor,
     _download,
     _eval,
+    _explain,
     _feature,
     _harvest,
     _index,
     _info,
     _list,
     _look,
+    _relations,
     _search,
+    _track,
     _train,
     _verify,
 )
@@ -43,6 +49,12 @@ app.command("convert")(_convert.convert)
 app.command("index")(_index.index_command)
 app.command("feature")(_feature.feature_command)
 app.command("search")(_search.search_command)
+app.command("explain")(_explain.explain_command)
+app.command("compare")(_compare.compare_command)
+app.command("relations")(_relations.relations_command)
+app.command("track")(_track.track_command)
+app.command("cluster")(_cluster.cluster_command)
+app.add_typer(_catalog.catalog, name="catalog")
 app.command("verify")(_verify.verify_command)
 app.command("train")(_train.train_command)
 app.command("harvest")(_harvest.harvest_command)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gemscope.sae import SAE, CrossLayer, Dictionary, JumpReLU, ReLU, SparseFeatures, TopK
@@ -34,7 +35,9 @@ class WithNearMisses:
         elif isinstance(sae.activation, TopK):
             self.lower = replace(sae, activation=TopK(2 * sae.activation.k))
 
-    def encode(self, x: Tensor) -> tuple[SparseFeatures, SparseFeatures | None]:
+    def encode(
+        self, x: Float[Tensor, "n_tokens ..."]
+    ) -> tuple[SparseFeatures, SparseFeatures | None]:
         """What fires on the tokens `x [n_tokens, ...]`, and all that fires or comes near."""
         if self.lower is None:
             return self.sae.encode(x), None
@@ -50,7 +53,7 @@ def _only(code: SparseFeatures, keep: Tensor) -> SparseFeatures:
     return SparseFeatures(kept[code.offsets], code.indices[keep], code.values[keep], code.d_sae)
 
 
-def thresholds(sae: Dictionary) -> Tensor:
+def thresholds(sae: Dictionary) -> Float[Tensor, " d_sae"]:
     """The value above which each feature fires `[d_sae]`; 0 where the activation has none."""
     if isinstance(sae, SAE) and isinstance(sae.activation, ReLU | TopK):
         return torch.zeros(sae.d_sae)
