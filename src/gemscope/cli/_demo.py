@@ -1,5 +1,6 @@
 """`gemscope demo`."""
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gemscope.corpus import Document
+    from gemscope.features import Explanation
     from gemscope.hub import Entry
 
 _TEXT = """def mean(values):
@@ -22,6 +24,8 @@ _TEXT = """def mean(values):
 _TOKENS = 16_384
 _MOST = 4
 """Dictionaries that are evaluated: all of the bundled ones take minutes."""
+_INDEXED = "miniature/transcoder_all/layer_2_width_192_l0_small_affine"
+_INDEX_TOKENS = 60_000
 
 
 def _beginnings(tokens: int) -> list["Document"]:
@@ -81,8 +85,57 @@ def demo(
     from gemscope.lm import load_model
 
     _look._print(features.look(load_model(entries[0].model), hub.build(chosen), _TEXT), 5)
+    store = page.parent / "catalog"
+    _telling(store)
     to.print(
         f"\nThe report: {page} (open it in a browser)\n"
-        f'Next: gemscope look "import os" --sae {chosen.address}\n'
+        f"Next: gemscope search {store} 'string or comment'\n"
+        f"      gemscope feature {store} {_INDEXED}/0\n"
+        f"      gemscope look 'import os' --sae {chosen.address}\n"
         f"      gemscope eval 'miniature/*'\n      gemscope list miniature\n[dim]{time.monotonic() - began:.0f} seconds[/dim]"
     )
+
+
+def _telling(folder: Path) -> None:
+    """Index a dictionary, find a rule for every feature, and show three that tell something."""
+    from gemscope import explain, features
+
+    from . import _index
+    from ._feature import print_brief
+
+    to = console()
+    to.print(f"\n[bold]What the features of {_INDEXED} fire on[/bold]\n")
+    lm, subjects, name = _index.subjects_of([_INDEXED], None, None)
+    store = features.Store.create(folder)
+    settings = features.Settings(tokens=_INDEX_TOKENS, keep_activations=True)
+    _index.run(lm, subjects, features.sources_of(tokens=_INDEX_TOKENS), store, settings, name)
+    text, activations = store.text(_INDEXED), store.activations(_INDEXED)
+    assert activations is not None
+    made = list(
+        explain.explain_by_rules(text, activations, _INDEXED, tokenizer=lm.tokenizer)
+    )  # fmt: skip
+    store.add_explanations(made)
+    told = explain.rule_summary(made, features=subjects[0].sae.d_sae)
+    to.print(
+        f"[dim]A rule was found for {told['rules']} of {told['features']} features on some documents "
+        f"and scored on others: {told['above']['0.8']:.0%} reach a balanced accuracy of\n0.8, "
+        f"{told['above_null']['0.8']:.0%} with another feature's rule. Three of them:[/dim]"
+    )
+    for e in _different(made):
+        to.print()
+        print_brief(features.card(store, _INDEXED, e.feature), contexts=3)
+
+
+def _different(made: "Sequence[Explanation]") -> "list[Explanation]":
+    """Three features of which a short rule tells reliably, each about other words."""
+
+    def words(e: "Explanation") -> set[str]:
+        return set(re.findall(r"`·?([A-Za-z]{2,})`", e.text))
+
+    told = [e for e in made if e.scores[0].detail["precision"] > 0.7 and len(e.text) < 80]
+    told.sort(key=lambda e: (-e.scores[0].low, e.feature))
+    chosen: list[Explanation] = []
+    for e in told:
+        if words(e) and not words(e) & {w for other in chosen for w in words(other)}:
+            chosen.append(e)
+    return [*chosen, *(e for e in told if e not in chosen)][:3]

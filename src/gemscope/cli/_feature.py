@@ -39,8 +39,6 @@ def feature_command(
 
 def print_card(record: dict[str, Any], contexts: int) -> None:
     """The record for a terminal."""
-    from rich.text import Text
-
     to, d = console(), record["dictionary"]
     path = d["reads"] if d["reads"] == d["writes"] else f"{d['reads']} > {d['writes']}"
     to.print(f"[bold]Feature {record['feature']}[/bold] of {record['address']}, {path}")
@@ -65,11 +63,19 @@ def print_card(record: dict[str, Any], contexts: int) -> None:
         if some:
             to.print(f"\n[bold]{heading}[/bold]")
         for context in some:
-            line = Text(f"{context['value']:7.3g}  ", style="dim")
-            line.append_text(_coloured(context, record["max"]))
-            to.print(line, no_wrap=True, overflow="ellipsis")
+            to.print(_line(context, record["max"]), no_wrap=True, overflow="ellipsis")
     to.print()
     to.print(_related(record))
+
+
+def print_brief(record: dict[str, Any], contexts: int) -> None:
+    """What it is called, and where it fires most strongly."""
+    to, d = console(), record["dictionary"]
+    to.print(f"[bold]Feature {record['feature']}[/bold], on {percent(record['density'])} of "
+             f"{d['tokens']:,} tokens")  # fmt: skip
+    print_said(record)
+    for context in [c for c in record["contexts"] if c["group"] == "top"][:contexts]:
+        to.print(_line(context, record["max"]), no_wrap=True, overflow="ellipsis")
 
 
 def print_said(record: dict[str, Any]) -> None:
@@ -120,6 +126,13 @@ def _tokens(record: dict[str, Any]) -> "Table":
             cells.append(Text.assemble(shown(token["token"]), (f" {figure}", "dim")))
         table.add_row(*cells)
     return table
+
+
+def _line(context: dict[str, Any], maximum: float) -> "Text":
+    from rich.text import Text
+
+    line = Text(f"{context['value']:7.3g}  ", style="dim")
+    return line.append_text(_coloured(context, maximum))
 
 
 def _coloured(context: dict[str, Any], maximum: float) -> "Text":
