@@ -1,4 +1,4 @@
-"""Make the miniature from scratch: text, tokenizer, model, dictionaries, cards.
+"""Make the miniature from scratch: text, tokenizer, model, dictionaries, cards, catalog.
 
     python scripts/miniature/make.py --work build/miniature
 
@@ -83,6 +83,7 @@ def main() -> None:
         train(config, report=_told)
     install_scope(out, names)
     run("card.py", "--work", str(work))
+    run("catalog.py", "--work", str(work))
 
 
 def _told(p) -> None:

@@ -107,7 +107,7 @@ def _tokens(record: dict[str, Any]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from gemscope.features import shown
+    from gemscope.features import marked
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     columns = [("fires on", "tokens"), ("before", "before"), ("after", "after"),
@@ -123,7 +123,7 @@ def _tokens(record: dict[str, Any]) -> "Table":
                 continue
             token = record[name][row]
             figure = f"{token['share']:.0%}" if "share" in token else f"{token['logit']:+.2f}"
-            cells.append(Text.assemble(shown(token["token"]), (f" {figure}", "dim")))
+            cells.append(Text.assemble(marked(token["token"]), (f" {figure}", "dim")))
         table.add_row(*cells)
     return table
 
@@ -156,8 +156,8 @@ def _related(record: dict[str, Any]) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    table.add_column("nearest directions (cosine)")
-    table.add_column("fires together with (phi)")
+    for heading in ("nearest directions (cosine)", "fires together with (phi)"):
+        table.add_column(heading, no_wrap=True, overflow="ellipsis", ratio=1)
     for row in range(5):
         cells = []
         for name, figure in (("neighbours", "cosine"), ("together", "phi")):

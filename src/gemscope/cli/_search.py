@@ -74,24 +74,31 @@ def _print(found: "list[Found]", score: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from gemscope.features import shown
+    from gemscope.features import marked
 
     if not found:
         console().print("No feature matches.")
         return
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("feature", overflow="fold")
-    for heading in (score, "density", "max"):
-        table.add_column(heading, justify="right")
+    for heading in dict.fromkeys((score, "density", "max")):
+        table.add_column(heading, justify="right", no_wrap=True)
     extra = next((n for n in ("token", "promotes") if n in found[0].matched), None)
     if extra:
         table.add_column({"token": "at", "promotes": "token"}[extra])
-    table.add_column("explanation (score)")
+    table.add_column("score and explanation")
+    # What a feature is called gets the room that is left: a line for each feature.
+    taken = max(len(f"{f.address}/{f.feature}") for f in found) + 10 * len(table.columns) - 10
+    room = max(24, console().width - taken)
     for f in found:
-        said = Text(f.explanation or "")
-        if f.explanation_score is not None:
-            said.append(f" ({f.explanation_score:.2f})", style="dim")
-        at = [Text(shown(f.matched[extra]))] if extra else []
-        table.add_row(f"{f.address}/{f.feature}", number(f.score, 3), percent(f.density),
-                      number(f.max, 3), *at, said)  # fmt: skip
+        said = Text(
+            f"({f.explanation_score:.2f}) " if f.explanation_score is not None else "", "dim"
+        )
+        said.append(f.explanation or "", style="default")
+        said.truncate(room, overflow="ellipsis")
+        at = [Text(marked(f.matched[extra]))] if extra else []
+        figures = [percent(f.density), number(f.max, 3)]
+        if score != "density":
+            figures.insert(0, number(f.score, 3))
+        table.add_row(f"{f.address}/{f.feature}", *figures, *at, said)
     console().print(table)

@@ -6,7 +6,7 @@ from typing import Any
 from gemscope.activations import write_whole
 from gemscope.errors import InputError
 
-from ._pieces import shown, token_pieces
+from ._pieces import marked, shown, token_pieces
 from ._search import described
 from ._store import Store
 
@@ -68,7 +68,7 @@ def write_card(record: dict[str, Any], file: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"window": window, "shade": shade, "shown": shown, "bars": bars}
+    environment.globals |= {"window": window, "shade": shade, "marked": marked, "bars": bars}
     page = environment.get_template("feature.html").render(**record, groups=grouped(record))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

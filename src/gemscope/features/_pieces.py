@@ -1,5 +1,6 @@
 """Tokens as text that can be read one by one."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,12 @@ def vocabulary(tokenizer: Any) -> list[str]:
 def bare(token: str) -> str:
     """A token without the space around it; one of white space alone as it is."""
     return token.strip() or token
+
+
+def marked(token: str) -> str:
+    """A token by itself, with the spaces in it marked: `·self`, and `·×8` for eight of them."""
+    runs = re.sub(r" {4,}", lambda found: f"·×{len(found[0])}", token)
+    return shown(runs.replace(" ", "·"))
 
 
 def shown(piece: str) -> str:
