@@ -27,8 +27,7 @@ demo: $(STAMP)  ## evaluate the bundled dictionaries on the bundled model, offli
 
 test: $(STAMP)  ## lint, types, and the whole test suite
 	$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not weights" \
-	  -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not gpu and not weights"
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .

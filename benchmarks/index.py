@@ -18,7 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 PEER = HERE.parent / ".venv-peer" / "bin" / "python"
 ADDRESS = "miniature/resid_post/layer_3_width_2k_l0_medium"
-TOKENS, LONG, PEERS = 200_000, 1_000_000, 100_000
+TOKENS, LONG, PEERS = 200_000, 1_000_000, 40_000
 LAYERS, FEATURES, WIDTH = 26, 16_384, 2_304
 
 

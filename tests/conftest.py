@@ -3,6 +3,9 @@
 import os
 import re
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; products of theirs that wait for each other's threads crawl.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -12,6 +15,7 @@ _hook = install_import_hook("gemscope", "beartype.beartype")
 
 import pytest
 import torch
+from filelock import FileLock
 
 WIDEST = "miniature/resid_post/layer_3_width_2k_l0_medium"
 
@@ -136,7 +140,19 @@ def small_store(miniature, tmp_path_factory):
                 nominal_l0=entry.l0,
             )
         )
-    folder = tmp_path_factory.mktemp("store") / "store"
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "small-store"
+    with FileLock(base / "small-store.lock"):  # the first worker makes it, for all
+        if not (folder / "made").exists():
+            _make_store(folder, miniature, subjects)
+            (folder / "made").touch()
+    return folder
+
+
+def _make_store(folder, miniature, subjects):
+    from gemscope import features
+
     features.index(
         miniature,
         subjects,
@@ -145,7 +161,6 @@ def small_store(miniature, tmp_path_factory):
         features.Settings(tokens=20_000, keep_activations=True),
         model_name="miniature",
     )
-    return folder
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from gemscope import hub
+from gemscope import features, hub
 from gemscope.errors import InputError
-from gemscope.features import Store
+from gemscope.features import Entries, Keep, Store
+from gemscope.features._statistics import Measurer
 
 N = 384
 
@@ -259,3 +260,24 @@ def test_activations_by_feature_are_those_by_token(store, indexed, exact):
     assert len(entries.offsets) == 11
     with pytest.raises(InputError, match="0 to 383"):
         kept.entries(indexed[0], 380, 385)
+
+
+def test_silent_features_are_filed_and_measured(tmp_path, store, indexed):
+    from scipy.sparse import csc_array
+
+    text, size = store.text(indexed[0]), len(store.text(indexed[0]).ids)
+    places = np.flatnonzero(text.counts)[[5, 6, 900]]
+    code = csc_array((np.array([1.0, 2.0, 3.0]), (places, [1, 1, 1])), shape=(size, 4))
+    silent = csc_array((size, 3))
+    made = features.write_activations(tmp_path / "a", text, {"some": code, "none": silent})
+    assert made.of("some", 1)[0].tolist() == places.tolist()
+    for feature in (0, 2, 3):
+        assert made.of("some", feature)[0].size == 0
+    entries = made.entries("none", 0, 3)
+    measurer = Measurer(text, ["?"] * 5_000, keep=Keep())
+    for found, n in ((made.entries("some", 0, 4), 4), (entries, 3), (made.near("some", 2, 4), 2)):
+        none = Entries(np.zeros(n + 1, dtype=np.int64), np.zeros(0, np.int64), np.zeros(0, "f4"))
+        block = measurer.block(found, none)
+        assert [len(column) for column in block.columns.values()] == [n] * len(block.columns)
+        assert block.columns["quantiles"][0] == []
+        assert block.columns["max"][0] == 0

@@ -117,10 +117,9 @@ class Activations:
         for shard, file in enumerate(self._files):
             with self._opened(file) as stored:
                 ends = stored.get_slice(f"{number}.{kind}offsets")[first : stop + 1]
-                here = slice(int(ends[0]), int(ends[-1]))
-                places.append(stored.get_slice(f"{number}.{kind}places")[here].astype(np.int64))
-                values.append(stored.get_slice(f"{number}.{kind}values")[here])
-            places[-1] += self._span(shard)[0]
+                found = [_part(stored, f"{number}.{kind}{n}", ends) for n in ("places", "values")]
+            places.append(found[0].astype(np.int64) + self._span(shard)[0])
+            values.append(found[1].astype(np.float32))
             counts.append(np.diff(ends))
         return joined(counts, places, values)
 
@@ -143,6 +142,12 @@ class Activations:
             raise InputError(
                 f"{file} is missing or damaged ({error}); delete the folder and collect again"
             ) from None
+
+
+def _part(stored: Any, name: str, ends: np.ndarray) -> np.ndarray:
+    first, last = int(ends[0]), int(ends[-1])
+    # An empty part at the end of a tensor is out of bounds to safetensors.
+    return stored.get_slice(name)[first:last] if last > first else np.zeros(0, dtype=np.int32)
 
 
 def joined(

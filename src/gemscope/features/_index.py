@@ -104,7 +104,7 @@ def index(
             addresses=[s.address for s in subjects], progress=progress,
         )  # fmt: skip
         _keep_text(store, activations)
-        total = sum(s.sae.d_sae for s in left)
+        total, words = sum(s.sae.d_sae for s in left), vocabulary(model.tokenizer)
         with stop_signals() as received:
             before = 0
             for subject in left:
@@ -113,7 +113,7 @@ def index(
                 }  # fmt: skip
                 report = _counting(progress, before, total, received)
                 _write(model, subject, activations, store, settings, facts,
-                       runs[subject.address], report)  # fmt: skip
+                       runs[subject.address], words, report)  # fmt: skip
                 before += subject.sae.d_sae
     if not settings.keep_activations:
         shutil.rmtree(folder, ignore_errors=True)
@@ -198,11 +198,11 @@ def _write(
     settings: Settings,
     facts: dict[str, Any],
     run: str,
+    words: Sequence[str],
     report: Callable[[int], None],
 ) -> None:
     """All rows of one dictionary, then the one that puts them in force."""
     sae, text = subject.sae, activations.text
-    words = vocabulary(model.tokenizer)
     measurer = Measurer(text, words, keep=settings.keep, seed=settings.seed)
     vectors = decoder_vectors(sae)
     names = (f"vectors_{sae.d_out}", "features", "contexts")
