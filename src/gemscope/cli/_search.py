@@ -49,8 +49,10 @@ def search_command(
         found, score = features.search_where(opened, among), "density"
     if json:
         print_json([f.json() for f in found])
-        return
-    _print(found, score)
+    elif not found and query is not None and not any(c.isalnum() for c in query):
+        console().print(f"No feature matches: signs are no words. Try --promotes {query!r}.")
+    else:
+        _print(found, score)
 
 
 def _live(store: "Store", text: str, among: Any, max_density: float) -> "list[Found]":

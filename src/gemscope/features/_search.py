@@ -14,6 +14,8 @@ from ._store import Store, quoted
 _WEIGHTS = {"notes": 3.0, "explanations": 2.0, "features": 1.0}
 """What a match counts: what people wrote before what methods found, and tokens last."""
 
+_EXACT = 2
+"""Dictionaries in which directions are compared one by one."""
 _STATISTICS = (
     "feature", "layer", "count", "density", "mean", "mean_active", "max", "first_share",
     "documents", "threshold", "bias", "encoder_norm", "decoder_norm", "encoder_decoder_cosine",
@@ -107,18 +109,13 @@ def search_like(store: Store, address: str, feature: int, among: Among = Among()
     runs = _runs(store, among)
     # Conditions on statistics are of another table: look further, and keep what satisfies them.
     wide = (among.limit + 1) * (20 if among.where else 1)
-    found = _told(
-        lambda: (
-            table.search(vector)
-            .distance_type("cosine")
-            .where(_in("run", runs.values()), prefilter=True)
-            .select(["dictionary", "feature", "_distance"])
-            .nprobes(20)
-            .refine_factor(10)
-            .limit(wide)
-            .to_list()
-        )
-    )
+    query = table.search(vector).distance_type("cosine")
+    query = query.where(_in("run", runs.values()), prefilter=True)
+    query = query.select(["dictionary", "feature", "_distance"]).limit(wide)
+    # In few dictionaries all rows are compared; among very many an index finds candidates first.
+    exact = among.addresses and len(among.addresses) <= _EXACT
+    query = query.bypass_vector_index() if exact else query.nprobes(40).refine_factor(10)
+    found = _told(query.to_list)
     scores = {(r["dictionary"], r["feature"]): 1.0 - r["_distance"] for r in found}
     scores.pop((address, feature), None)
     return _best(store, scores, among, runs)
