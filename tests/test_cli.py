@@ -1,6 +1,7 @@
 """The commands others call: their fixed answers, and the same numbers as the library."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -206,8 +207,11 @@ def test_doctor_finds_nothing_missing(command):
 def test_demo_shows_a_report_of_some_dictionaries(command, entries, tmp_path):
     code, out, err = command("demo", "--tokens", 600, "--out", tmp_path)
     assert code == 0, err
-    shown = [e for e in entries if f"{e.address} " in out]
+    evaluated, _, telling = out.partition("What the features of")
+    shown = [e for e in entries if f"{e.address} " in evaluated]
     assert len(shown) == 4
     assert {e.kind for e in shown} >= {"sae", "transcoder"}
     (page,) = tmp_path.glob("*/report.html")
     assert page.stat().st_size > 50_000
+    assert len(re.findall(r"^Feature \d+, on", telling, re.M)) == 3
+    assert len(re.findall(r"gemscope rules 1:\s+rule\s+[01]\.\d\d\s+\[", telling)) == 3

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ._show import console
+from ._sites import given
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,7 +93,8 @@ def demo(
         f"Next: gemscope search {store} 'string or comment'\n"
         f"      gemscope feature {store} {_INDEXED}/0\n"
         f"      gemscope look 'import os' --sae {chosen.address}\n"
-        f"      gemscope eval 'miniature/*'\n      gemscope list miniature\n[dim]{time.monotonic() - began:.0f} seconds[/dim]"
+        f"      gemscope eval 'miniature/*'\n      gemscope list miniature\n[dim]{time.monotonic() - began:.0f} seconds[/dim]",
+        soft_wrap=True,
     )
 
 
@@ -105,7 +107,7 @@ def _telling(folder: Path) -> None:
 
     to = console()
     to.print(f"\n[bold]What the features of {_INDEXED} fire on[/bold]\n")
-    lm, subjects, name = _index.subjects_of([_INDEXED], None, None)
+    lm, subjects, name = _index.subjects_of([_INDEXED], given(None, None, None), None)
     store = features.Store.create(folder)
     settings = features.Settings(tokens=_INDEX_TOKENS, keep_activations=True)
     _index.run(lm, subjects, features.sources_of(tokens=_INDEX_TOKENS), store, settings, name)
@@ -133,9 +135,10 @@ def _different(made: "Sequence[Explanation]") -> "list[Explanation]":
         return set(re.findall(r"`·?([A-Za-z]{2,})`", e.text))
 
     told = [e for e in made if e.scores[0].detail["precision"] > 0.7 and len(e.text) < 80]
+    told = [e for e in told if "⏎" not in e.text and "line break" not in e.text] or told
     told.sort(key=lambda e: (-e.scores[0].low, e.feature))
     chosen: list[Explanation] = []
     for e in told:
-        if words(e) and not words(e) & {w for other in chosen for w in words(other)}:
+        if 3 * len(words(e)) > e.text.count("`") and not words(e) & {w for other in chosen for w in words(other)}:
             chosen.append(e)
     return [*chosen, *(e for e in told if e not in chosen)][:3]
