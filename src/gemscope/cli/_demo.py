@@ -139,6 +139,8 @@ def _different(made: "Sequence[Explanation]") -> "list[Explanation]":
     told.sort(key=lambda e: (-e.scores[0].low, e.feature))
     chosen: list[Explanation] = []
     for e in told:
-        if 3 * len(words(e)) > e.text.count("`") and not words(e) & {w for other in chosen for w in words(other)}:
+        if 3 * len(words(e)) > e.text.count("`") and not words(e) & {
+            w for other in chosen for w in words(other)
+        }:
             chosen.append(e)
     return [*chosen, *(e for e in told if e not in chosen)][:3]

@@ -85,9 +85,9 @@ def search_promotes(store: Store, token: str, among: Among = Among()) -> list[Fo
         raise InputError("the token is empty; give one such as return")
     runs = _runs(store, among)
     wanted = bare(token)
-    columns = ["run", "dictionary", "feature", "promoted", "logit_mean", "logit_std"]
+    columns = ["dictionary", "feature", "promoted", "logit_mean", "logit_std"]
     where = f"array_has_any(promotes, [{quoted(wanted)}])"
-    rows = _select(store, _where(runs, among, where), columns)
+    rows = _select(store, runs, among, columns, where)
     scores, matched = {}, {}
     for row in rows:
         best = max(
@@ -109,13 +109,14 @@ def search_like(store: Store, address: str, feature: int, among: Among = Among()
     runs = _runs(store, among)
     # Conditions on statistics are of another table: look further, and keep what satisfies them.
     wide = (among.limit + 1) * (20 if among.where else 1)
-    query = table.search(vector).distance_type("cosine")
-    query = query.where(_in("run", runs.values()), prefilter=True)
-    query = query.select(["dictionary", "feature", "_distance"]).limit(wide)
+    query = table.search(vector).distance_type("cosine").limit(wide)
+    query = query.select(["run", "dictionary", "feature", "_distance"])
+    if among.addresses:
+        query = query.where(_in("run", runs.values()), prefilter=True)
     # In few dictionaries all rows are compared; among very many an index finds candidates first.
     exact = among.addresses and len(among.addresses) <= _EXACT
     query = query.bypass_vector_index() if exact else query.nprobes(40).refine_factor(10)
-    found = _told(query.to_list)
+    found = _in_force(_told(query.to_list), runs)
     scores = {(r["dictionary"], r["feature"]): 1.0 - r["_distance"] for r in found}
     scores.pop((address, feature), None)
     return _best(store, scores, among, runs)
@@ -124,7 +125,7 @@ def search_like(store: Store, address: str, feature: int, among: Among = Among()
 def search_where(store: Store, among: Among) -> list[Found]:
     """Features by their statistics alone, the densest first; scores are densities."""
     runs = _runs(store, among)
-    rows = _select(store, _where(runs, among), ["dictionary", "feature", "density"])
+    rows = _select(store, runs, among, ["dictionary", "feature", "density"])
     scores = {(r["dictionary"], r["feature"]): r["density"] for r in rows}
     return _best(store, scores, among, runs)
 
@@ -136,14 +137,18 @@ def described(
     wanted = list(features)
     if not wanted:
         return {}
-    where = _pairs(wanted)
+    where, asked = _numbers(wanted), set(wanted)
     out: dict[tuple[str, int], tuple[str, float | None]] = {}
     rows = store.rows("explanations", where).to_pylist()
     explanations = [Explanation.of(row) for row in rows]
     for e in sorted(explanations, key=lambda e: (e.score or 0.0, e.created)):
+        if (e.dictionary, e.feature) not in asked:
+            continue
         out[e.dictionary, e.feature] = (e.text, e.score)
     notes = [Note.of(row) for row in store.rows("notes", where).to_pylist()]
     for n in sorted(notes, key=lambda n: n.created):
+        if (n.dictionary, n.feature) not in asked:
+            continue
         out[n.dictionary, n.feature] = (n.text, n.confidence)
     return out
 
@@ -154,16 +159,14 @@ def _full_text(
     table = store.table(name)
     if not table.count_rows():
         return []
-    where = _in("run", runs.values()) if name == "features" else _in("dictionary", runs)
-    found = _told(
-        lambda: (
-            table.search(query, query_type="fts", fts_columns=column)
-            .where(where, prefilter=True)
-            .select(["dictionary", "feature", "_score"])
-            .limit(among.limit * (20 if among.where else 4))
-            .to_list()
-        )
-    )
+    of_run = name == "features"
+    asked = table.search(query, query_type="fts", fts_columns=column)
+    asked = asked.limit(among.limit * (20 if among.where else 4))
+    asked = asked.select([*(["run"] if of_run else []), "dictionary", "feature", "_score"])
+    if among.addresses:
+        where = _in("run", runs.values()) if of_run else _in("dictionary", runs)
+        asked = asked.where(where, prefilter=True)
+    found = _in_force(_told(asked.to_list), runs)
     return [(r["dictionary"], r["feature"], r["_score"]) for r in found]
 
 
@@ -181,7 +184,7 @@ def _best(
     if not order:
         return []
     columns = ["dictionary", "feature", "density", "max"]
-    rows = _select(store, _where(runs, among, _pairs(order)), columns)
+    rows = _select(store, runs, among, columns, _numbers(order))
     known = {(r["dictionary"], r["feature"]): r for r in rows}
     kept = [key for key in order if key in known][: among.limit]
     said = described(store, kept)
@@ -209,31 +212,35 @@ def _runs(store: Store, among: Among) -> dict[str, str]:
     return chosen
 
 
-def _where(runs: dict[str, str], among: Among, *more: str) -> str:
-    parts = [_in("run", runs.values()), *more]
-    if among.where:
-        parts.append(f"({among.where})")
-    return " AND ".join(parts)
+def _select(
+    store: Store, runs: dict[str, str], among: Among, columns: Sequence[str], *more: str
+) -> list[dict[str, Any]]:
+    """Rows in force of the features looked through that satisfy the conditions."""
+    parts = [*more, *([f"({among.where})"] if among.where else [])]
+    if among.addresses or not parts:
+        parts.append(_in("run", runs.values()))
+    where = " AND ".join(parts)
+    found = _told(lambda: store.rows("features", where, ["run", *columns]).to_pylist())
+    return _in_force(found, runs)
 
 
-def _select(store: Store, where: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    return _told(lambda: store.rows("features", where, columns).to_pylist())
+def _in_force(rows: list[dict[str, Any]], runs: dict[str, str]) -> list[dict[str, Any]]:
+    """Without rows of dictionaries not looked through, or of runs not in force.
+
+    Sorting these few out here is quicker than asking for the others: a condition on names is
+    looked at for every row of the store.
+    """
+    return [r for r in rows if runs.get(r["dictionary"]) == r.get("run", runs.get(r["dictionary"]))
+            and r["dictionary"] in runs]  # fmt: skip
 
 
 def _in(column: str, values: Iterable[str]) -> str:
     return f"{column} IN ({', '.join(map(quoted, values))})"
 
 
-def _pairs(features: Iterable[tuple[str, int]]) -> str:
-    """A condition that holds for some features, and lets an index on their numbers help."""
-    by_address: dict[str, list[int]] = {}
-    for address, feature in features:
-        by_address.setdefault(address, []).append(feature)
-    parts = [
-        f"(dictionary = {quoted(address)} AND feature IN ({', '.join(map(str, numbers))}))"
-        for address, numbers in by_address.items()
-    ]
-    return f"({' OR '.join(parts)})"
+def _numbers(features: Iterable[tuple[str, int]]) -> str:
+    """A condition that an index answers: that the number is one of some features'."""
+    return f"feature IN ({', '.join(map(str, sorted({f for _, f in features})))})"
 
 
 def _told(query: Callable[[], Any]) -> Any:

@@ -233,8 +233,10 @@ class Store:
         """Bring the indices that searching uses up to date."""
         for name, column in (("features", "words"), ("explanations", "text"), ("notes", "text")):
             self._index(name, column, "words")
-        for name in ("features", "contexts"):
+        for name in ("features", "contexts", "explanations", "notes"):
             self._index(name, "feature", "numbers")
+        for name in ("features", "contexts", *self.vector_tables()):
+            self._index(name, "run", "names")
         self._index("features", "promotes", "labels")
         for name in self.vector_tables():
             if self.table(name).count_rows() > _MANY_VECTORS:
@@ -242,7 +244,7 @@ class Store:
 
     def _index(self, name: str, column: str, kind: str, behind: int = 0) -> None:
         """Make an index, or bring it up to date if more than `behind` rows are not in it."""
-        from lancedb.index import FTS, BTree, IvfPq, LabelList
+        from lancedb.index import FTS, Bitmap, BTree, IvfPq, LabelList
 
         table = self.table(name)
         if not table.count_rows():
@@ -259,6 +261,7 @@ class Store:
             ),
             "numbers": BTree,
             "labels": LabelList,
+            "names": Bitmap,
             # Fewer partitions and rounds than by default: minutes become seconds.
             "vectors": lambda: IvfPq(
                 distance_type="cosine", num_partitions=256, max_iterations=20, sample_rate=64
