@@ -125,8 +125,19 @@ def search_like(store: Store, address: str, feature: int, among: Among = Among()
 def search_where(store: Store, among: Among) -> list[Found]:
     """Features by their statistics alone, the densest first; scores are densities."""
     runs = _runs(store, among)
-    rows = _select(store, runs, among, ["dictionary", "feature", "density"])
-    scores = {(r["dictionary"], r["feature"]): r["density"] for r in rows}
+    where = among.where or "true"
+    columns = ["run", "dictionary", "feature", "density"]
+    if among.addresses:
+        where = f"({where}) AND {_in('run', runs.values())}"
+    table = _told(lambda: store.rows("features", where, columns))
+    # A wide condition lets through most of a store: sorted as columns, of which few become rows.
+    table = table.sort_by([("density", "descending"), ("dictionary", "ascending")])
+    found: list[dict[str, Any]] = []
+    for batch in table.to_batches(max_chunksize=4 * among.limit):
+        found += _in_force(batch.to_pylist(), runs)
+        if len(found) >= among.limit:
+            break
+    scores = {(r["dictionary"], r["feature"]): r["density"] for r in found}
     return _best(store, scores, among, runs)
 
 
