@@ -211,3 +211,28 @@ def test_searches_are_quick(store, indexed):
         features.search_like(store, indexed[0], 3, among)
     # The benchmark has the figure; this is a net for a search that reads everything.
     assert (time.perf_counter() - began) / 15 < 1.0
+
+
+def test_rows_of_a_run_that_is_not_in_force_are_never_found(own_store, indexed):
+    store = Store.open(own_store)
+    for name in ("features", "vectors_256"):
+        rows = store.rows(name, "feature = 5")
+        stale = rows.set_column(0, "run", [["half-written"] * len(rows)])
+        store.table(name).add(stale.cast(rows.schema))
+    for found in (
+        features.search_where(store, Among(where="feature = 5")),
+        features.search_like(store, indexed[0], 6, Among(limit=800)),
+        features.search(store, "self", Among(limit=800)),
+    ):
+        keys = [(f.address, f.feature) for f in found]
+        assert len(keys) == len(set(keys))
+        assert {a for a, _ in keys} <= set(indexed)
+    store.commit(indexed[1], "gone", 384, store.dictionary(indexed[1]) | {"created": ""}, ())
+    for found in (
+        features.search_where(store, Among(where="density < 0.01", limit=800)),
+        features.search_like(store, indexed[0], 6, Among(limit=800)),
+        features.search(store, "self", Among(limit=800)),
+        features.search_promotes(store, "return", Among(limit=800)),
+    ):
+        assert found
+        assert {f.address for f in found} == {indexed[0]}
