@@ -9,7 +9,7 @@ import typer
 
 from gemscope.errors import InputError
 
-from ._show import bar, console, number, print_json
+from ._show import console, number, print_json, token_progress
 
 if TYPE_CHECKING:
     from gemscope.explain import Asker, Chat, Estimate, ModelSettings, Outcome, Work
@@ -205,38 +205,13 @@ def _stoppable() -> Iterator[tuple[Callable[[], bool], Any]]:
 
     with stop_signals() as received:
         try:
-            yield (lambda: bool(received)), _feature_progress
+            yield (lambda: bool(received)), lambda: token_progress(unit="")
         except Stopped:
             print(
                 "gemscope: stopped; what was answered is kept: run the same command to go on",
                 file=sys.stderr,
             )
             raise typer.Exit(128 + received[0]) from None
-
-
-@contextmanager
-def _feature_progress() -> Iterator[Progress]:
-    """A bar on stderr with rate and time left."""
-    from rich import progress as bars
-
-    columns = (
-        bars.TextColumn("{task.description:<24}"),
-        bars.BarColumn(bar_width=30),
-        bars.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        bars.TextColumn("{task.fields[rate]}"),
-        bars.TimeRemainingColumn(),
-    )
-    tasks: dict[str, bars.TaskID] = {}
-    with bar(*columns) as progress:
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks or done < progress.tasks[tasks[what]].completed:
-                tasks[what] = progress.add_task(what, total=total, rate="")
-            pace = next(t.speed for t in progress.tasks if t.id == tasks[what])
-            rate = f"{pace:,.1f}/s" if pace else ""
-            progress.update(tasks[what], completed=done, rate=rate)
-
-        yield update
 
 
 def _print(

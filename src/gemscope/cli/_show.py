@@ -46,11 +46,12 @@ def bar(*columns: "ProgressColumn") -> "Iterator[Progress]":
 
 @contextmanager
 def token_progress(
-    units: Mapping[str, str] | None = None,
+    units: Mapping[str, str] | None = None, *, unit: str = "tokens"
 ) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr with rate and time left, for callbacks of `(what, done, total)`.
 
-    What is counted are tokens, or for some of `what` the units named.
+    What is counted are tokens or another `unit`, or for some of `what` the units named. Counting
+    that begins again gets a bar of its own.
     """
     from rich import progress as bars
 
@@ -65,11 +66,11 @@ def token_progress(
     with bar(*columns) as progress:
 
         def update(what: str, done: int, total: int) -> None:
-            unit = (units or {}).get(what, "tokens")
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total, rate="", unit=unit)
+            of = (units or {}).get(what, unit)
+            if what not in tasks or done < progress.tasks[tasks[what]].completed:
+                tasks[what] = progress.add_task(what, total=total, rate="", unit=of)
             pace = next(t.speed for t in progress.tasks if t.id == tasks[what])
-            speed = f"{pace:,.0f} {unit}/s" if pace else ""
+            speed = f"{pace:,.{0 if pace >= 10 else 1}f} {of}/s" if pace else ""
             progress.update(tasks[what], completed=done, rate=speed)
 
         yield update
