@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from gemscope.errors import InputError
 
 from ._pieces import bare
-from ._records import Explanation, Note
 from ._store import Store, quoted
 
 _WEIGHTS = {"notes": 3.0, "explanations": 2.0, "features": 1.0}
@@ -85,7 +86,7 @@ def search_promotes(store: Store, token: str, among: Among = Among()) -> list[Fo
         raise InputError("the token is empty; give one such as return")
     runs = _runs(store, among)
     wanted = bare(token)
-    columns = ["dictionary", "feature", "promoted", "logit_mean", "logit_std"]
+    columns = ["feature", "promoted", "logit_mean", "logit_std"]
     where = f"array_has_any(promotes, [{quoted(wanted)}])"
     rows = _select(store, runs, among, columns, where)
     scores, matched = {}, {}
@@ -96,49 +97,67 @@ def search_promotes(store: Store, token: str, among: Among = Among()) -> list[Fo
         key = (row["dictionary"], row["feature"])
         scores[key] = (best["logit"] - row["logit_mean"]) / max(row["logit_std"], 1e-30)
         matched[key] = {"promotes": best["token"], "logit": best["logit"]}
-    return _best(store, scores, among, runs, matched=matched)
+    return _best(store, scores, among, runs, matched=matched, satisfied=True)
 
 
 def search_like(store: Store, address: str, feature: int, among: Among = Among()) -> list[Found]:
     """Features whose decoder direction is nearest to that of one feature; scores are cosines."""
     known = store.dictionary(address)
     store.check_feature(address, feature)
-    table = store.table(f"vectors_{known['d_out']}")
+    name = f"vectors_{known['d_out']}"
     own = f"run = {quoted(known['run'])} AND feature = {feature}"
-    vector = store.rows(f"vectors_{known['d_out']}", own, ["vector"])["vector"][0].as_py()
+    vector = store.rows(name, own, ["vector"])["vector"].combine_chunks().flatten().to_numpy()
     runs = _runs(store, among)
     # Conditions on statistics are of another table: look further, and keep what satisfies them.
     wide = (among.limit + 1) * (20 if among.where else 1)
-    query = table.search(vector).distance_type("cosine").limit(wide)
-    query = query.select(["run", "dictionary", "feature", "_distance"])
-    if among.addresses:
-        query = query.where(_in("run", runs.values()), prefilter=True)
-    # In few dictionaries all rows are compared; among very many an index finds candidates first.
-    exact = among.addresses and len(among.addresses) <= _EXACT
-    query = query.bypass_vector_index() if exact else query.nprobes(40).refine_factor(10)
-    found = _in_force(_told(query.to_list), runs)
-    scores = {(r["dictionary"], r["feature"]): 1.0 - r["_distance"] for r in found}
+    if len(among.addresses) == 1:
+        scores = _nearest(store, among.addresses[0], vector, wide)
+    else:
+        query = store.table(name).search(vector).distance_type("cosine").limit(wide)
+        query = query.select(["run", "feature", "_distance"])
+        if among.addresses:
+            query = query.where(_in("run", runs.values()), prefilter=True)
+        # In few dictionaries all rows are compared; among many an index finds candidates first.
+        exact = among.addresses and len(among.addresses) <= _EXACT
+        query = query.bypass_vector_index() if exact else query.nprobes(10).refine_factor(5)
+        found = _in_force(_told(query.to_list), runs)
+        scores = {(r["dictionary"], r["feature"]): 1.0 - r["_distance"] for r in found}
     scores.pop((address, feature), None)
     return _best(store, scores, among, runs)
+
+
+def _nearest(
+    store: Store, address: str, vector: np.ndarray, limit: int
+) -> dict[tuple[str, int], float]:
+    """Cosines of the directions of one dictionary nearest to `vector`, all of them compared."""
+    if store.dictionary(address)["d_out"] != len(vector):
+        return {}
+    cosines = store.directions(address) @ (vector / max(float(np.linalg.norm(vector)), 1e-30))
+    limit = min(limit, len(cosines))
+    best = np.argpartition(-cosines, limit - 1)[:limit]
+    return {(address, int(feature)): float(cosines[feature]) for feature in best}
 
 
 def search_where(store: Store, among: Among) -> list[Found]:
     """Features by their statistics alone, the densest first; scores are densities."""
     runs = _runs(store, among)
     where = among.where or "true"
-    columns = ["run", "dictionary", "feature", "density"]
+    columns = ["run", "feature", "density"]
     if among.addresses:
         where = f"({where}) AND {_in('run', runs.values())}"
-    table = _told(lambda: store.rows("features", where, columns))
-    # A wide condition lets through most of a store: sorted as columns, of which few become rows.
-    table = table.sort_by([("density", "descending"), ("dictionary", "ascending")])
-    found: list[dict[str, Any]] = []
-    for batch in table.to_batches(max_chunksize=4 * among.limit):
-        found += _in_force(batch.to_pylist(), runs)
-        if len(found) >= among.limit:
+    order = [
+        {"column_name": name, "ascending": name != "density"} for name in ("density", "feature")
+    ]
+    asked, wide = store.table("features").search().where(where).select(columns), 4 * among.limit
+    while True:
+        rows = _told(asked.order_by(order).limit(wide).to_list)
+        found = _in_force(rows, runs)[: among.limit]
+        # Rows of other runs or dictionaries may stand before: then further down.
+        if len(found) == among.limit or len(rows) < wide:
             break
+        wide *= 8
     scores = {(r["dictionary"], r["feature"]): r["density"] for r in found}
-    return _best(store, scores, among, runs)
+    return _best(store, scores, among, runs, satisfied=True)
 
 
 def described(
@@ -148,20 +167,32 @@ def described(
     wanted = list(features)
     if not wanted:
         return {}
-    where, asked = _numbers(wanted), set(wanted)
     out: dict[tuple[str, int], tuple[str, float | None]] = {}
-    rows = store.rows("explanations", where).to_pylist()
-    explanations = [Explanation.of(row) for row in rows]
-    for e in sorted(explanations, key=lambda e: (e.score or 0.0, e.created)):
-        if (e.dictionary, e.feature) not in asked:
-            continue
-        out[e.dictionary, e.feature] = (e.text, e.score)
-    notes = [Note.of(row) for row in store.rows("notes", where).to_pylist()]
-    for n in sorted(notes, key=lambda n: n.created):
-        if (n.dictionary, n.feature) not in asked:
-            continue
-        out[n.dictionary, n.feature] = (n.text, n.confidence)
+    explanations = _said(store, "explanations", "score", wanted)
+    for r in sorted(explanations, key=lambda r: (r["score"] or 0.0, r["created"])):
+        out[r["dictionary"], r["feature"]] = (r["text"], r["score"])
+    notes = _said(store, "notes", "confidence", wanted)
+    for r in sorted(notes, key=lambda r: r["created"]):
+        out[r["dictionary"], r["feature"]] = (r["text"], r["confidence"])
     return out
+
+
+def _said(
+    store: Store, name: str, score: str, features: Sequence[tuple[str, int]]
+) -> list[dict[str, Any]]:
+    """Rows of a table of texts about features: found by numbers, which are other dictionaries'
+    too, and only those asked for read in full.
+    """
+    table, asked = store.table(name), set(features)
+    if not table.count_rows():
+        return []
+    found = table.search().where(_numbers(features)).select(["dictionary", "feature"])
+    rows = found.with_row_id(True).limit(2**31 - 1).to_list()
+    ids = [r["_rowid"] for r in rows if (r["dictionary"], r["feature"]) in asked]
+    if not ids:
+        return []
+    columns = ["dictionary", "feature", "text", score, "created"]
+    return table.take_row_ids(ids).select(columns).to_list()
 
 
 def _full_text(
@@ -173,7 +204,7 @@ def _full_text(
     of_run = name == "features"
     asked = table.search(query, query_type="fts", fts_columns=column)
     asked = asked.limit(among.limit * (20 if among.where else 4))
-    asked = asked.select([*(["run"] if of_run else []), "dictionary", "feature", "_score"])
+    asked = asked.select(["run" if of_run else "dictionary", "feature", "_score"])
     if among.addresses:
         where = _in("run", runs.values()) if of_run else _in("dictionary", runs)
         asked = asked.where(where, prefilter=True)
@@ -188,24 +219,28 @@ def _best(
     runs: dict[str, str],
     *,
     matched: dict[tuple[str, int], dict] | None = None,
+    satisfied: bool = False,
 ) -> list[Found]:
+    """The best of what was found; `satisfied` says that all of it meets the conditions."""
     order = sorted(scores, key=lambda key: (-scores[key], key))
     if among.where is None:
         order = order[: among.limit]
     if not order:
         return []
-    columns = ["dictionary", "feature", "density", "max"]
-    rows = _select(store, runs, among, columns, _numbers(order))
-    known = {(r["dictionary"], r["feature"]): r for r in rows}
-    kept = [key for key in order if key in known][: among.limit]
-    said = described(store, kept)
+    if among.where is not None and not satisfied:
+        rows = _select(store, runs, among, ["feature"], _numbers(order))
+        passed = {(r["dictionary"], r["feature"]) for r in rows}
+        order = [key for key in order if key in passed]
+    kept = order[: among.limit]
+    said, figures = described(store, kept), store.figures()
     out = []
     for key in kept:
         text, value = said.get(key, (None, None))
+        density, highest = figures[key[0]][key[1]]
         out.append(
             Found(
                 address=key[0], feature=key[1], score=float(scores[key]),
-                density=known[key]["density"], max=known[key]["max"], explanation=text,
+                density=float(density), max=float(highest), explanation=text,
                 explanation_score=value, matched=(matched or {}).get(key, {}),
             )
         )  # fmt: skip
@@ -241,8 +276,10 @@ def _in_force(rows: list[dict[str, Any]], runs: dict[str, str]) -> list[dict[str
     Sorting these few out here is quicker than asking for the others: a condition on names is
     looked at for every row of the store.
     """
-    return [r for r in rows if runs.get(r["dictionary"]) == r.get("run", runs.get(r["dictionary"]))
-            and r["dictionary"] in runs]  # fmt: skip
+    names = {run: address for address, run in runs.items()}
+    if rows and "run" in rows[0]:
+        return [r | {"dictionary": names[r["run"]]} for r in rows if r["run"] in names]
+    return [r for r in rows if r["dictionary"] in runs]
 
 
 def _in(column: str, values: Iterable[str]) -> str:

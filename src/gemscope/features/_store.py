@@ -43,6 +43,9 @@ class Store:
         self.folder = folder
         self._db = lancedb.connect(str(folder))
         self._tables: dict[str, Any] = {}
+        self._known: tuple[int, dict[str, dict[str, Any]]] | None = None
+        self._directions: tuple[str, np.ndarray] | None = None
+        self._figures: tuple[int, dict[str, np.ndarray]] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
@@ -100,20 +103,25 @@ class Store:
 
     def dictionaries(self) -> list[dict[str, Any]]:
         """What is known of each dictionary indexed here, by address."""
-        found = self.table("dictionaries").to_arrow().to_pylist()
-        return [
-            json.loads(row["facts"]) | {"run": row["run"]}
-            for row in sorted(found, key=lambda row: row["address"])
-        ]
+        return [dict(known) for known in self._dictionaries().values()]
 
     def dictionary(self, address: str) -> dict[str, Any]:
         """What is known of one dictionary."""
-        found = self.rows("dictionaries", f"address = {quoted(address)}").to_pylist()
-        if not found:
-            known = [d["address"] for d in self.dictionaries()]
-            near = did_you_mean(address, known) if known else "it holds none"
+        known = self._dictionaries()
+        if address not in known:
+            near = did_you_mean(address, list(known)) if known else "it holds none"
             raise InputError(f"{address} is not indexed in {self.folder}; {near}")
-        return json.loads(found[0]["facts"]) | {"run": found[0]["run"]}
+        return dict(known[address])
+
+    def _dictionaries(self) -> dict[str, dict[str, Any]]:
+        """By address; read again when the table has a new version."""
+        table = self.table("dictionaries")
+        version = table.version
+        if self._known is None or self._known[0] != version:
+            rows = sorted(table.to_arrow().to_pylist(), key=lambda row: row["address"])
+            known = {r["address"]: json.loads(r["facts"]) | {"run": r["run"]} for r in rows}
+            self._known = (version, known)
+        return self._known[1]
 
     def check_feature(self, address: str, feature: int) -> None:
         """Refuse a feature that the dictionary does not have."""
@@ -134,6 +142,31 @@ class Store:
         found = self.rows("features", f"run = {quoted(run)} AND feature = {int(feature)}")
         return found.drop_columns(["run", "words", "promotes"]).to_pylist()[0]
 
+    def figures(self) -> dict[str, np.ndarray]:
+        """Density and maximum of each feature, float64 `[d_sae, 2]`, by dictionary; NaN where there
+        is no row. They are kept until the store changes.
+        """
+        table = self.table("features")
+        version = table.version
+        if self._figures is None or self._figures[0] != version:
+            columns = ["run", "feature", "density", "max"]
+            found = table.search().select(columns).limit(2**31 - 1).to_arrow()
+            runs = found["run"].combine_chunks().dictionary_encode()
+            codes = runs.indices.to_numpy()
+            values = np.stack([found[n].to_numpy().astype(np.float64) for n in columns[2:]], axis=1)
+            numbers, by_run = found["feature"].to_numpy(), {}
+            for code, run in enumerate(runs.dictionary.to_pylist()):
+                own = codes == code
+                rows = np.full((int(numbers[own].max()) + 1, 2), np.nan)
+                rows[numbers[own]] = values[own]
+                by_run[run] = rows
+            self._figures = (version, by_run)
+        by_run = self._figures[1]
+        return {
+            address: by_run.get(known["run"], np.full((known["d_sae"], 2), np.nan))
+            for address, known in self._dictionaries().items()
+        }
+
     def vectors(self, address: str) -> np.ndarray:
         """Decoder rows, float32 `[d_sae, d_out]`; of several layers, what a feature writes to the
         layer it is read in.
@@ -143,6 +176,15 @@ class Store:
         table = table.sort_by("feature")
         flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return flat.reshape(len(table), known["d_out"])
+
+    def directions(self, address: str) -> np.ndarray:
+        """Decoder rows of length one, float32 `[d_sae, d_out]`; those asked for last are kept."""
+        run = self.dictionary(address)["run"]
+        if self._directions is None or self._directions[0] != run:
+            vectors = self.vectors(address)
+            norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+            self._directions = (run, vectors / np.maximum(norms, 1e-30))
+        return self._directions[1]
 
     def contexts(self, address: str, feature: int | None = None) -> list[dict[str, Any]]:
         """Contexts of one feature or of all, by feature, group and rank."""
