@@ -14,7 +14,8 @@ ROOT = PACKAGE.parents[1]
 # Each may import those before it.
 LAYERS = (
     "errors", "miniature", "sites", "corpus", "sae", "formats", "hub", "lm", "activations",
-    "evaluate", "train", "features", "relate", "explain", "exchange", "cli",
+    "evaluate", "train", "features", "relate", "explain", "exchange", "steering",
+    "cli",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "matplotlib", "pydantic", "numpy", "rich", "huggingface_hub"}
 

@@ -178,13 +178,17 @@ def test_layers_may_return_a_tensor_or_a_tuple(miniature, wrap):
             super().__init__()
             self.layers = torch.nn.ModuleList([Layer()])
 
+    from gemscope.lm._frame import Frame
     from gemscope.lm._hooks import Taps
 
     where, stack, x = site("0.resid_post"), Stack(), torch.ones(1, 3, 4)
     taps = Taps(stack, FAMILIES[0])
     counts = torch.tensor([[False, True, True]])
+    ends = torch.tensor([3])
+    frame = Frame(counts, pads=ends * 0, ends=ends, prompt_lengths=ends, specials=ends * 0)
+    frame.begin(torch.ones(1, 3, dtype=torch.long))
     double = Edit(where, where, lambda v: v * 10)
-    with taps.attached([where], [double], counts, stop=False):
+    with taps.attached([where], [double], frame, stop=False):
         out = stack.layers[0](x)
     out = out[0] if isinstance(out, tuple) else out
     assert torch.equal(taps.values[where], 2 * x)

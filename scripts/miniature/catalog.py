@@ -3,14 +3,16 @@
     python scripts/miniature/catalog.py --work build/miniature [--tokens 150000]
 
 Leaves the catalog store in `WORK/catalog`, and writes `docs/rules-miniature.md` and
-`docs/rules.png`. Stopped, the same command goes on.
+`docs/rules.png`, and the features' maxima beside the scope, to steer by. Stopped, the same command goes on.
 """
 
 import argparse
 import platform
 from pathlib import Path
 
-from gemscope import explain, features, hub
+from safetensors.numpy import save_file
+
+from gemscope import explain, features, hub, miniature
 from gemscope.features import Explanation, Store
 from gemscope.lm import load_model
 
@@ -41,6 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     store = Store.create(given.work / "catalog")
     known = _index(store, given.tokens)
+    _write_maxima(store, known)
     explained = _explain(store, [d["address"] for d in known])
     explain.draw_rule_scores(explained, DOCS / "rules.png")
     (DOCS / "rules-miniature.md").write_text(_told(known, explained), "utf-8")
@@ -58,6 +61,12 @@ def _index(store: Store, tokens: int) -> list[dict]:
         features.Settings(tokens=tokens, keep_activations=True), model_name="miniature",
         progress=_progress,
     )  # fmt: skip
+
+
+def _write_maxima(store: Store, known: list[dict]) -> None:
+    found = {d["address"]: store.features(d["address"], ["max"])["max"].to_numpy() for d in known}
+    sources = ", ".join(f"{s['name']} {s['tokens']:,}" for s in known[0]["sources"])
+    save_file(found, miniature.MAXIMA, {"tokens": f"{known[0]['tokens']:,} ({sources})"})
 
 
 def _progress(what: str, done: int, total: int) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gemscope.lm import load_model as load_model
     from gemscope.lm import splice as splice
     from gemscope.sites import Site as Site
+    from gemscope.steering import steer as steer
 
 __version__ = "0.1.0"
 
@@ -25,9 +26,10 @@ _FACE = {
     "read_text": "gemscope.corpus",
     "save_sae": "gemscope.hub",
     "splice": "gemscope.lm",
+    "steer": "gemscope.steering",
 }
 
-__all__ = ["Site", "catalog", "load_model", "load_sae", "read_text", "save_sae", "splice"]
+__all__ = ["Site", "catalog", "load_model", "load_sae", "read_text", "save_sae", "splice", "steer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from . import (
     _look,
     _relations,
     _search,
+    _steer,
     _track,
     _train,
     _verify,
@@ -56,6 +57,7 @@ app.command("track")(_track.track_command)
 app.command("cluster")(_cluster.cluster_command)
 app.add_typer(_catalog.catalog, name="catalog")
 app.command("verify")(_verify.verify_command)
+app.command("steer")(_steer.steer_command)
 app.command("train")(_train.train_command)
 app.command("harvest")(_harvest.harvest_command)
 app.command("doctor")(_doctor.doctor)

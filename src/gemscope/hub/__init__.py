@@ -11,6 +11,7 @@ from ._entry import Entry as Entry
 from ._entry import Remote as Remote
 from ._expected import expected_bytes as expected_bytes
 from ._expected import expected_shapes as expected_shapes
+from ._feature import feature_of as feature_of
 from ._fetch import cached as cached
 from ._fetch import fetch as fetch
 from ._fetch import fetch_model as fetch_model
@@ -27,7 +28,7 @@ from ._suites import model_shape as model_shape
 
 __all__ = [
     "BUNDLED_RELEASE", "SAVED_LAYOUTS", "Entry", "Given", "Remote", "build", "cached", "catalog",
-    "describe", "digest", "expected_bytes", "expected_shapes", "fetch", "fetch_model", "find",
-    "has_model", "load_sae", "locate", "model_shape", "model_source", "obtain", "published",
+    "describe", "digest", "expected_bytes", "expected_shapes", "feature_of", "fetch", "fetch_model",
+    "find", "has_model", "load_sae", "locate", "model_shape", "model_source", "obtain", "published",
     "releases", "save_sae",
 ]  # fmt: skip

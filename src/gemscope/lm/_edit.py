@@ -19,12 +19,14 @@ class Edit:
     `function` takes the tokens that count, `[n_tokens, d_in]` for each site read, and gives
     `[n_tokens, d_out]`. Every site read must be computed no later than `writes`, which may be one
     of them. Tokens that do not count (BOS first of all, an outlier that no dictionary was trained
-    on) stay as they are.
+    on) stay as they are. A `placed` edit is given every token but padding, and before the others
+    the `Tokens` that say where each stands: it decides itself which stay as they are.
     """
 
     reads: Site | tuple[Site, ...]
     writes: Site
     function: Callable[..., Float[Tensor, "n_tokens d_out"]]
+    placed: bool = False
 
     def steps(self) -> tuple["Edit", ...]:
         """The edits of one pass."""

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from gemscope.errors import InputError
 from gemscope.sites import Family, Side, Site, Stream
 
 from ._edit import Edit
+from ._frame import Frame
 
 
 class Finished(Exception):  # noqa: N818
@@ -31,14 +31,15 @@ class Taps:
         self,
         read: Sequence[Site],
         edits: Sequence[Edit],
-        counts: Bool[Tensor, "batch seq"],
+        frame: Frame,
         *,
         stop: bool,
     ) -> Iterator[None]:
         """Hooks in place while the context lasts.
 
-        A site is read before an edit of the same site is applied. With `stop`, `Finished` is
-        raised as soon as all of `read` has been read.
+        A site is read before an edit of the same site is applied. `frame` knows which tokens each
+        call of the model is about. With `stop`, `Finished` is raised as soon as all of `read` has
+        been read.
         """
         handles = []
         later: list[tuple[Site, Any]] = []
@@ -61,7 +62,7 @@ class Taps:
             for site in dict.fromkeys(read):
                 handles.append(self._hook(site, keep(site)))
             for edit in edits:
-                act = self._change(edit, counts)
+                act = self._change(edit, frame)
                 if edit.writes.stream is Stream.RESID_MID:
                     act, past = _around(act)
                     later.append((Site(edit.writes.layer, Stream.MLP_OUT), past))
@@ -73,7 +74,7 @@ class Taps:
             for handle in handles:
                 handle.remove()
 
-    def _change(self, edit: Edit, counts: Tensor) -> Any:
+    def _change(self, edit: Edit, frame: Frame) -> Any:
         def changed(value: Tensor) -> Tensor:
             sources = []
             for site in _reads(edit):
@@ -82,11 +83,9 @@ class Taps:
                         f"{site} is computed after {edit.writes}: it cannot be written there"
                     )
                 source = value if site == edit.writes else self.values[site]
-                sources.append(source[counts])
-            new = edit.function(*sources)
-            out = value.clone()
-            out[counts] = new.to(value.dtype)
-            return out
+                sources.append(frame.gather(source, placed=edit.placed))
+            where = (frame.tokens,) if edit.placed else ()
+            return frame.put(value, edit.function(*where, *sources), placed=edit.placed)
 
         return changed
 

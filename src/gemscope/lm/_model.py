@@ -1,12 +1,12 @@
 """A language model of `transformers`, with its sites."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -16,7 +16,9 @@ from gemscope.hub import fetch_model, model_shape, model_source
 from gemscope.sae import Dictionary
 from gemscope.sites import Family, Site, Sites, Stream, each, family_of
 
-from ._edit import Edits
+from ._edit import Edit, Edits
+from ._frame import Frame, row_lengths
+from ._generate import Generated, Sampling, generated, repeated, turn
 from ._hooks import Finished, Taps
 
 
@@ -158,25 +160,25 @@ class LanguageModel:
         read: Iterable[Site | Sites] = (),
         edits: Iterable[Edits] = (),
         logits: bool = False,
+        prompt: int | Sequence[int] | None = None,
     ) -> Run:
         """One forward pass: activations at `read`, after `edits` elsewhere, and logits if asked.
 
         A site is read as the model computed it, before an edit of that same site. Without
         `logits`, the pass ends after the last site read. Gradients flow if they are enabled.
+        `prompt` says how many tokens of each row, BOS included, edits are to take for a prompt,
+        the others for generated; all of them by default.
         """
         batch = text if isinstance(text, TokenBatch) else self.tokens(text)
         sites = list(dict.fromkeys(site for some in read for site in each(some)))
-        steps = [step for edit in edits for step in edit.steps()]
         for site in sites:
             self.width(site)
-        for step in steps:
-            reads = (step.reads,) if isinstance(step.reads, Site) else step.reads
-            for site in (*reads, step.writes):
-                self.width(site)
+        steps = self._steps(edits)
         taps = Taps(self.stack, self.family)
-        ids, counts = batch.ids.to(self.device), batch.counts.to(self.device)
+        ids, frame = batch.ids.to(self.device), self._frame(batch, prompt)
+        frame.begin(ids)
         out = None
-        with taps.attached(sites, steps, counts, stop=not logits):
+        with taps.attached(sites, steps, frame, stop=not logits):
             try:
                 if logits:
                     out = self.hf(input_ids=ids, use_cache=False).logits
@@ -185,6 +187,67 @@ class LanguageModel:
             except Finished:
                 pass
         return Run(batch, {site: taps.values[site] for site in sites}, out)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        edits: Iterable[Edits] = (),
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        samples: int = 1,
+        seed: int = 0,
+        chat: bool = False,
+        heard: Callable[[list[int | None]], None] | None = None,
+    ) -> list[Generated]:
+        """Continuations of `prompts` by `transformers`' own `generate`, with `edits` in every call.
+
+        `samples` of each prompt, prompt by prompt. A temperature of 0 takes the likeliest token;
+        otherwise the same `seed` and number of rows give the same draws. With `chat`, a prompt is
+        a user's turn in the model's chat template. `heard` is told the token of each row as soon
+        as it is there, and None of rows that have ended.
+        """
+        asked = Sampling(max_new_tokens, temperature, top_p, seed)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        batch = repeated(self.prompts(texts, chat=chat), samples)
+        return generated(self, texts, batch, self._steps(edits), asked, heard)
+
+    def prompts(self, prompts: str | Sequence[str], *, chat: bool = False) -> TokenBatch:
+        """The tokens of prompts, or with `chat` of the same as a user's turns."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.tokens([turn(self, text) for text in texts] if chat else texts)
+
+    def lengths(self, batch: TokenBatch) -> Int[Tensor, " batch"]:
+        """Tokens of each row, BOS included and padding left out."""
+        return row_lengths(batch, self.tokenizer.pad_token_id or 0)
+
+    def _steps(self, edits: Iterable[Edits]) -> list[Edit]:
+        """The edits of a pass, at sites that the model has."""
+        steps = [step for edit in edits for step in edit.steps()]
+        for step in steps:
+            reads = (step.reads,) if isinstance(step.reads, Site) else step.reads
+            for site in (*reads, step.writes):
+                self.width(site)
+        return steps
+
+    def _frame(self, batch: TokenBatch, prompt: int | Sequence[int] | None) -> Frame:
+        ends = self.lengths(batch)
+        lengths = ends if prompt is None else torch.as_tensor(prompt).expand(len(ends))
+        if bool((lengths < 1).any()) or bool((lengths > ends).any()):
+            raise InputError(
+                f"a prompt of {prompt} tokens in a row of {int(ends.min())}: give 1 to that many"
+            )
+        return Frame(
+            batch.counts.to(self.device), pads=torch.zeros_like(ends).to(self.device),
+            ends=ends.to(self.device), prompt_lengths=lengths.to(self.device),
+            specials=self.specials.to(self.device),
+        )  # fmt: skip
+
+    @property
+    def specials(self) -> Int[Tensor, " n_specials"]:
+        """Ids of the tokens that stand for no text."""
+        return torch.tensor(sorted(self.tokenizer.all_special_ids))
 
     def direct_logits(
         self, directions: Float[Tensor, "n d_out"], site: Site
