@@ -52,6 +52,8 @@ class Frame:
     ):
         self._first, self._pads, self._ends = ordinary, pads, ends
         self._prompts, self._specials = prompt_lengths, specials
+        # Without any, which is the common case, nothing needs to be gathered.
+        self._padded = bool((pads > 0).any()) or bool((ends < ordinary.shape[1]).any())
         self._seen = 0
         self._places: Tensor | None = None
         self.counts = ordinary
@@ -61,24 +63,23 @@ class Frame:
 
     def begin(self, ids: Int[Tensor, "batch seq"]) -> None:
         """Another call of the model, on the next `ids` of every row."""
-        rows, n = ids.shape
+        n_rows, n = ids.shape
         column = torch.arange(self._seen, self._seen + n, device=ids.device)
-        if self._seen == 0:
-            self.counts = self._first
-            real = (column >= self._pads[:, None]) & (column < self._ends[:, None])
-        else:
+        self.counts, self._places = self._first, None
+        if self._seen:
             self.counts = ~torch.isin(ids, self._specials)
-            real = torch.ones_like(self.counts)
-        places = real.flatten().nonzero().flatten()
-        # All of them is the common case, and needs no gathering.
-        self._places = None if len(places) == rows * n else places
-        row = torch.div(places, n, rounding_mode="floor")
+        elif self._padded:
+            real = (column >= self._pads[:, None]) & (column < self._ends[:, None])
+            self._places = real.flatten().nonzero().flatten()
+        row = torch.arange(n_rows, device=ids.device).repeat_interleave(n)
+        positions, ordinary = column.repeat(n_rows), self.counts.flatten()
+        if self._places is not None:
+            row, positions = row[self._places], positions[self._places]
+            ordinary = ordinary[self._places]
         self.tokens = Tokens(
-            rows=row,
-            positions=column[places % n] - self._pads[row],
-            ordinary=self.counts.flatten()[places],
+            rows=row, positions=positions - self._pads[row], ordinary=ordinary,
             prompt_lengths=self._prompts,
-        )
+        )  # fmt: skip
         self._seen += n
 
     def gather(

@@ -48,6 +48,8 @@ class Positions:
 
     def mask(self, tokens: Tokens) -> Bool[Tensor, " n_tokens"]:
         """Which tokens are acted at; refuses spans that lie outside a row's prompt."""
+        if self.parts == ("all",) and not self.special:
+            return tokens.ordinary
         in_prompt = tokens.steps < 0
         allowed = torch.ones_like(in_prompt) if self.special else tokens.ordinary
         out = torch.zeros_like(in_prompt)
@@ -107,8 +109,10 @@ class Schedule:
         if not 0 <= self.decay <= 1:
             raise InputError(f"a decay of {self.decay}: give a share between 0 and 1")
 
-    def factors(self, tokens: Tokens) -> Float[Tensor, " n_tokens"]:
+    def factors(self, tokens: Tokens) -> Float[Tensor, " n_tokens"] | float:
         """What the change at each token is multiplied by."""
+        if self.first is None and self.decay == 1:
+            return 1.0
         steps = tokens.steps
         out = torch.ones(len(steps), device=steps.device)
         if self.decay != 1:

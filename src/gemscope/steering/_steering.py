@@ -36,7 +36,8 @@ class Steering:
         for change in self.changes:
             for site in change.what.rows:
                 by_site.setdefault(site, []).append(change)
-        self._sites = {site: tuple(by_site[site]) for site in sorted(by_site)}
+        # Sums of floats depend on their order: always the same one, however they were given.
+        self._sites = {site: tuple(sorted(by_site[site], key=_name)) for site in sorted(by_site)}
         for site, own in self._sites.items():
             if len({change.keep_norm for change in own}) > 1:
                 raise InputError(
@@ -125,11 +126,8 @@ class Steering:
             raise InputError(f"strengths for {self._rows} rows in a batch of {n_rows}")
         x = at[site]
         seen = _Seen(x.float(), at, tokens, peaks)
-        delta = torch.zeros_like(seen.x)
-        replaced: set[int] = set()
+        parts, replaced = [], set()
         for place, change in enumerate(changes):
-            factor = change.schedule.factors(tokens) * change.amount
-            factor = torch.where(change.positions.mask(tokens), factor, 0.0)
             part = seen.delta(change, site, place)
             if change.mode is Mode.REPLACE:
                 sae = cast(SAE, cast(Feature, change.what).sae)
@@ -137,15 +135,27 @@ class Steering:
                     # Features of one dictionary share its reconstruction.
                     replaced.add(id(sae))
                     part = part + seen.without_error(sae)
-            # A change that is not made adds nothing, however large it would have been.
-            delta += torch.where(factor[:, None] != 0, factor[:, None] * part, 0.0)
+            parts.append(_made(change, part, tokens))
+        delta = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         new = seen.x + delta
+        keep = delta == 0
         if changes[0].keep_norm:
             new = new * (_length(seen.x) / _length(new).clamp_min(_TINY))
-        untouched = (delta == 0).all(1) if changes[0].keep_norm else None
-        new = new.to(x.dtype)
-        keep = delta == 0 if untouched is None else untouched[:, None]
-        return torch.where(keep, x, new)
+            keep = keep.all(1, keepdim=True)
+        return torch.where(keep, x, new.to(x.dtype))
+
+
+def _made(change: Change, part: Tensor, tokens: Tokens) -> Tensor:
+    """What of a change is made at each token, `[n_tokens, d]`."""
+    mask = change.positions.mask(tokens)
+    factor = change.schedule.factors(tokens)
+    if isinstance(factor, Tensor):
+        mask = mask & (factor != 0)
+        part = part * (factor * change.amount)[:, None]
+    elif change.amount != 1:
+        part = part * change.amount
+    # A change that is not made adds nothing, however large it would have been.
+    return torch.where(mask[:, None] & (change.amount != 0), part, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +167,8 @@ class _Seen:
     tokens: Tokens
     peaks: dict[int, Tensor]
 
-    def delta(self, change: Change, site: Site, place: int) -> Float[Tensor, "n_tokens d"]:
-        """What one change adds at every token, before positions and schedules."""
+    def delta(self, change: Change, site: Site, place: int) -> Float[Tensor, "... d"]:
+        """What one change adds, at every token or the same at all, before positions count."""
         row = change.what.rows[site]
         if change.mode in READS_ACTIVATION:
             feature = cast(Feature, change.what)
@@ -166,7 +176,8 @@ class _Seen:
             return self._coefficients(change, f, row, place)[:, None] * row
         length = _length(row[None])[0]
         if change.mode is Mode.ADD:
-            return self._strength(change, row)[:, None] * row
+            s = self._strength(change, row)
+            return (s[:, None] if isinstance(s, Tensor) else s) * row
         unit = row / length.clamp_min(_TINY)
         along = self.x @ unit
         match change.mode:
@@ -177,10 +188,10 @@ class _Seen:
             case Mode.NORM_RELATIVE:
                 size = self._number(change) * _length(self.x)[:, 0]
             case _:
-                size = self._number(change)
+                wanted = self._number(change)
                 if change.strength is not None and change.strength.unit is Unit.NORM:
-                    size = size * _length(self.x)[:, 0]
-                size = size - along
+                    wanted = wanted * _length(self.x)[:, 0]
+                size = wanted - along
         return size[:, None] * unit
 
     def _coefficients(self, change: Change, f: Tensor, row: Tensor, place: int) -> Tensor:
@@ -206,14 +217,16 @@ class _Seen:
             case _:
                 return s - f
 
-    def _number(self, change: Change) -> Tensor:
-        """The strength's number at every token, float32."""
+    def _number(self, change: Change) -> Tensor | float:
+        """The strength's number, at every token if rows have their own."""
         assert change.strength is not None
-        values = torch.tensor(change.strength.values, device=self.x.device)
-        return values.expand(len(self.tokens.prompt_lengths))[self.tokens.rows]
+        values = change.strength.values
+        if len(values) == 1:
+            return values[0]
+        return torch.tensor(values, device=self.x.device)[self.tokens.rows]
 
-    def _strength(self, change: Change, row: Tensor) -> Tensor:
-        """The strength at every token in units of activation."""
+    def _strength(self, change: Change, row: Tensor) -> Tensor | float:
+        """The strength in units of activation, at every token if they differ."""
         s = self._number(change)
         assert change.strength is not None
         match change.strength.unit:
@@ -249,6 +262,10 @@ def _reads(change: Change, site: Site) -> tuple[Site, ...]:
         return ()
     current = change.strength is not None and change.strength.unit is Unit.CURRENT
     return (change.what.reads,) if change.mode in READS_ACTIVATION or current else ()
+
+
+def _name(change: Change) -> tuple[str, ...]:
+    return (change.what.name, str(change.mode), str(change.strength), str(change.positions))
 
 
 def _moved(change: Change, device: torch.device) -> Change:
