@@ -21,6 +21,7 @@ from . import (
     _harvest,
     _index,
     _info,
+    _intervene,
     _list,
     _look,
     _relations,
@@ -58,6 +59,7 @@ app.command("cluster")(_cluster.cluster_command)
 app.add_typer(_catalog.catalog, name="catalog")
 app.command("verify")(_verify.verify_command)
 app.command("steer")(_steer.steer_command)
+app.command("intervene")(_intervene.intervene_command)
 app.command("train")(_train.train_command)
 app.command("harvest")(_harvest.harvest_command)
 app.command("doctor")(_doctor.doctor)

@@ -216,6 +216,8 @@ class LanguageModel:
     def prompts(self, prompts: str | Sequence[str], *, chat: bool = False) -> TokenBatch:
         """The tokens of prompts, or with `chat` of the same as a user's turns."""
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise InputError("no prompt was given; give at least one")
         return self.tokens([turn(self, text) for text in texts] if chat else texts)
 
     def lengths(self, batch: TokenBatch) -> Int[Tensor, " batch"]:

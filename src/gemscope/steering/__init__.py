@@ -1,6 +1,12 @@
 """Steering and intervening: edits of features as values, and what they do to the model."""
 
+from ._attribute import Attribution as Attribution
+from ._attribute import attribute as attribute
+from ._attribute_exact import agreement as agreement
 from ._change import Change as Change
+from ._intervene import Intervention as Intervention
+from ._intervene import Outcome as Outcome
+from ._intervene import intervene as intervene
 from ._maxima import load_feature as load_feature
 from ._maxima import maximum_of as maximum_of
 from ._modes import UNITS as UNITS
@@ -17,3 +23,4 @@ from ._steer import change_of as change_of
 from ._steer import model_of as model_of
 from ._steer import steer as steer
 from ._steering import Steering as Steering
+from ._target import address_of as address_of
