@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE))
 from gpu import gpu  # noqa: E402
 from index import index, search  # noqa: E402
 from quality import quality  # noqa: E402
+from steering import steering  # noqa: E402
 from store import store  # noqa: E402
 from training import many, step, switch  # noqa: E402
 
@@ -255,7 +256,8 @@ def wide() -> Iterator[dict]:
 
 THEMES = {
     "wide": wide, "startup": startup, "demo": demo, "dictionary": dictionary, "peer": peer,
-    "index": index, "search": search, "step": step, "switch": switch, "many": many, "quality": quality, "store": store, "gpu": gpu,
+    "index": index, "search": search, "step": step, "switch": switch, "many": many,
+    "quality": quality, "steering": steering, "store": store, "gpu": gpu,
 }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
     python scripts/miniature/catalog.py --work build/miniature [--tokens 150000]
 
 Leaves the catalog store in `WORK/catalog`, and writes `docs/rules-miniature.md` and
-`docs/rules.png`, and the features' maxima beside the scope, to steer by. Stopped, the same command goes on.
+`docs/rules.png`, and the features' maxima beside the scope, to steer by. Stopped, the same command
+goes on.
 """
 
 import argparse

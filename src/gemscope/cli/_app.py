@@ -29,6 +29,7 @@ from . import (
     _steer,
     _track,
     _train,
+    _vector,
     _verify,
 )
 
@@ -60,6 +61,7 @@ app.add_typer(_catalog.catalog, name="catalog")
 app.command("verify")(_verify.verify_command)
 app.command("steer")(_steer.steer_command)
 app.command("intervene")(_intervene.intervene_command)
+app.command("vector")(_vector.vector_command)
 app.command("train")(_train.train_command)
 app.command("harvest")(_harvest.harvest_command)
 app.command("doctor")(_doctor.doctor)

@@ -99,10 +99,12 @@ def generated(
         options["streamer"] = _Listener(heard, ends)
     devices = [model.device] if model.device.type == "cuda" else []
     taps = Taps(model.stack, model.family)
-    hook = model.hf.register_forward_pre_hook(
-        lambda _module, args, kwargs: frame.begin(kwargs["input_ids"] if not args else args[0]),
-        with_kwargs=True,
-    )
+
+    def begin(_module: Any, args: tuple, kwargs: dict) -> None:
+        if steps:
+            frame.begin(kwargs["input_ids"] if not args else args[0])
+
+    hook = model.hf.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         with torch.random.fork_rng(devices), taps.attached((), steps, frame, stop=False):
             torch.manual_seed(sampling.seed)

@@ -75,9 +75,11 @@ class Taps:
                 handle.remove()
 
     def _change(self, edit: Edit, frame: Frame) -> Any:
+        reads = _reads(edit)
+
         def changed(value: Tensor) -> Tensor:
             sources = []
-            for site in _reads(edit):
+            for site in reads:
                 if site != edit.writes and site not in self.values:
                     raise InputError(
                         f"{site} is computed after {edit.writes}: it cannot be written there"

@@ -24,3 +24,8 @@ from ._steer import model_of as model_of
 from ._steer import steer as steer
 from ._steering import Steering as Steering
 from ._target import address_of as address_of
+from ._vectors import check_target as check_target
+from ._vectors import control_layer as control_layer
+from ._vectors import load_vector as load_vector
+from ._vectors import save_vector as save_vector
+from ._vectors import vectors_of as vectors_of

@@ -52,13 +52,21 @@ class Steering:
         self._on: dict[torch.device, dict[Site, tuple[Change, ...]]] = {}
 
     def _check_replaced(self) -> None:
-        """What is replaced is so at the same tokens for all features of a dictionary."""
-        where: dict[int, tuple] = {}
+        """A site is replaced by one dictionary, at the same tokens for all of its features."""
+        where: dict[Site, tuple] = {}
         for c in self.changes:
             if c.mode is not Mode.REPLACE:
                 continue
-            how = (c.positions, c.schedule, c.amount)
-            if where.setdefault(id(cast(Feature, c.what).sae), how) != how:
+            sae = cast(SAE, cast(Feature, c.what).sae)
+            # Features loaded one by one bring a dictionary each, of the same address.
+            how = (sae.origin.address or id(sae), c.positions, c.schedule, c.amount)
+            first = where.setdefault(sae.writes, how)
+            if first[0] != how[0]:
+                raise InputError(
+                    f"{c.what.name} and a feature of another dictionary both replace what is at "
+                    f"{sae.writes}; replace by one of them"
+                )
+            if first != how:
                 raise InputError(
                     f"{c.what.name} and another feature of its dictionary are replaced at "
                     "different tokens; give them the same positions, schedule and amount"
@@ -126,18 +134,17 @@ class Steering:
             raise InputError(f"strengths for {self._rows} rows in a batch of {n_rows}")
         x = at[site]
         seen = _Seen(x.float(), at, tokens, peaks)
-        parts, replaced = [], set()
+        parts, replaced = [], False
         for place, change in enumerate(changes):
             part = seen.delta(change, site, place)
-            if change.mode is Mode.REPLACE:
-                sae = cast(SAE, cast(Feature, change.what).sae)
-                if id(sae) not in replaced:
-                    # Features of one dictionary share its reconstruction.
-                    replaced.add(id(sae))
-                    part = part + seen.without_error(sae)
+            if change.mode is Mode.REPLACE and not replaced:
+                # All that replace are of one dictionary and share its reconstruction.
+                replaced = True
+                part = part + seen.without_error(cast(SAE, cast(Feature, change.what).sae))
             parts.append(_made(change, part, tokens))
         delta = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        new = seen.x + delta
+        # What is not added stays as exact as it was: a float64 stream is not rounded.
+        new = x.to(torch.promote_types(x.dtype, torch.float32)) + delta
         keep = delta == 0
         if changes[0].keep_norm:
             new = new * (_length(seen.x) / _length(new).clamp_min(_TINY))
@@ -248,6 +255,8 @@ class _Seen:
             found = torch.zeros(n_rows, device=f.device)
             found = found.scatter_reduce(0, self.tokens.rows[given], f[given], "amax")
             self.peaks[place] = torch.maximum(found, self.peaks.get(place, found))
+        if place not in self.peaks:
+            return torch.zeros_like(f)  # a prompt of special tokens only
         return self.peaks[place][self.tokens.rows]
 
     def without_error(self, sae: SAE) -> Float[Tensor, "n_tokens d"]:
