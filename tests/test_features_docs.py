@@ -1,4 +1,4 @@
-"""The output that docs/features.md shows is what the commands print."""
+"""The output that docs/features.md and docs/steering.md show is what the commands print."""
 
 import re
 import shlex
@@ -8,7 +8,8 @@ import pytest
 
 from gemscope.features import Store
 
-TEXT = (Path(__file__).parents[1] / "docs" / "features.md").read_text("utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = "".join((DOCS / name).read_text("utf-8") for name in ("features.md", "steering.md"))
 BLOCKS = [b for b in re.findall(r"```\n(.*?)```", TEXT, re.S) if b.startswith("$ ")]
 
 

@@ -133,7 +133,7 @@ def test_activations_are_kept_only_if_asked(own_store, miniature):
 def test_newer_and_half_written_stores_are_refused(own_store, refused, tmp_path):
     refused("feature", tmp_path / "none", "a/1", match="no catalog store at .*; gemscope index")
     (own_store / "store.json").write_text(json.dumps({"version": 99}))
-    refused("search", own_store, "self", match="version 99 .* up to 1; update gemscope")
+    refused("search", own_store, "self", match="version 99 .* up to 2; update gemscope")
     (own_store / "store.json").write_text("{")
     refused("search", own_store, "self", match="not JSON")
     (tmp_path / "full").mkdir()

@@ -14,6 +14,7 @@ from . import (
     _convert,
     _demo,
     _doctor,
+    _dose,
     _download,
     _eval,
     _explain,
@@ -24,6 +25,7 @@ from . import (
     _intervene,
     _list,
     _look,
+    _output_score,
     _relations,
     _search,
     _steer,
@@ -60,6 +62,8 @@ app.command("cluster")(_cluster.cluster_command)
 app.add_typer(_catalog.catalog, name="catalog")
 app.command("verify")(_verify.verify_command)
 app.command("steer")(_steer.steer_command)
+app.command("dose")(_dose.dose_command)
+app.command("output-score")(_output_score.output_score_command)
 app.command("intervene")(_intervene.intervene_command)
 app.command("vector")(_vector.vector_command)
 app.command("train")(_train.train_command)

@@ -54,7 +54,11 @@ def print_card(record: dict[str, Any], contexts: int) -> None:
     histogram = record["histogram"]
     low = 2 ** (histogram["first"] / 4)
     high = 2 ** ((histogram["first"] + len(histogram["counts"])) / 4)
-    to.print(f"activations  {low:.3g} {_spark(histogram['counts'])} {high:.3g}  (logarithmic)\n")
+    to.print(f"activations  {low:.3g} {_spark(histogram['counts'])} {high:.3g}  (logarithmic)")
+    if record["output_score"] is not None:
+        to.print(f"output score {record['output_score']:.3f}: how far amplifying it brings its own "
+                 "tokens out of a neutral prompt")  # fmt: skip
+    to.print()
     to.print(_tokens(record))
     from gemscope.features import grouped
 

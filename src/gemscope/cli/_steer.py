@@ -81,7 +81,7 @@ def changes_of(
     """The edits that a command was given: modes and strengths once, or once for each."""
     from gemscope import steering
 
-    what = [*features, *(d for file in vectors for d in steering.load_vector(file))]
+    what: list[Any] = [*features, *(d for file in vectors for d in steering.load_vector(file))]
     if not what:
         raise InputError("nothing to steer with; give --feature ADDRESS/INDEX or --vector FILE")
     for name, many in (("--mode", modes), ("--strength", strengths)):

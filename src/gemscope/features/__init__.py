@@ -20,6 +20,8 @@ from ._look import Look as Look
 from ._look import check_plot as check_plot
 from ._look import look as look
 from ._look import plot_look as plot_look
+from ._output_scores import begin_output_scores as begin_output_scores
+from ._output_scores import write_output_scores as write_output_scores
 from ._pieces import marked as marked
 from ._pieces import shown as shown
 from ._pieces import token_pieces as token_pieces

@@ -270,7 +270,8 @@ def _features(keys: Mapping[str, list], columns: dict[str, list]) -> "pa.Table":
     promoted = [[t["token"] for t in tokens or []] for tokens in columns["promoted"]]
     words = [" ".join([*a, *b]) for a, b in zip(on, promoted, strict=True)]
     promotes = [sorted({bare(token) for token in tokens}) for tokens in promoted]
-    return pa.table({**keys, **columns, "words": words, "promotes": promotes}, FEATURES)
+    found = {"words": words, "promotes": promotes, "output_score": [None] * len(words)}
+    return pa.table({**keys, **columns, **found}, FEATURES)
 
 
 def _contexts(

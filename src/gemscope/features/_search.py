@@ -20,7 +20,7 @@ _EXACT = 2
 _STATISTICS = (
     "feature", "layer", "count", "density", "mean", "mean_active", "max", "first_share",
     "documents", "threshold", "bias", "encoder_norm", "decoder_norm", "encoder_decoder_cosine",
-    "logit_mean", "logit_std", "logit_skew", "logit_kurtosis",
+    "logit_mean", "logit_std", "logit_skew", "logit_kurtosis", "output_score",
 )  # fmt: skip
 """Columns that a condition may be on."""
 
@@ -251,6 +251,13 @@ def _runs(store: Store, among: Among) -> dict[str, str]:
     """The run in force of each dictionary that is looked through."""
     for address in among.addresses:
         store.dictionary(address)
+    # A condition on what nobody has measured is satisfied by nothing; that says too little.
+    asked = re.search(r"\boutput_score\b(?!\s+is\b)", among.where or "", re.IGNORECASE)
+    if asked and not store.table("features").count_rows("output_score IS NOT NULL"):
+        raise InputError(
+            f"no output score in {store.folder} has been measured yet; gemscope output-score "
+            f"{store.folder} does"
+        )
     known = {d["address"]: d["run"] for d in store.dictionaries()}
     chosen = {a: r for a, r in known.items() if not among.addresses or a in among.addresses}
     if not chosen:

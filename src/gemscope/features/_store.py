@@ -49,19 +49,25 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path) -> "Store":
-        """The store in the folder `path`."""
+        """The store in the folder `path`; one of an older layout is brought up to date."""
+        from ._migrate import check_version, move_forward
+        from ._tables import VERSION
+
         folder = Path(path).expanduser()
         known = read_json(folder / "store.json")
         if known is None:
             raise InputError(
                 f"no catalog store at {folder}; gemscope index ADDRESS --to {folder} makes one"
             )
-        _check_version(folder, known)
-        return cls(folder)
+        opened = cls(folder)
+        if check_version(folder, known) < VERSION:
+            move_forward(opened)
+        return opened
 
     @classmethod
     def create(cls, path: str | Path) -> "Store":
         """The store in the folder `path`, which is made if it is not there."""
+        from ._migrate import STEPS
         from ._tables import TABLES, VERSION
 
         folder = Path(path).expanduser()
@@ -74,8 +80,13 @@ class Store:
         except OSError as error:
             raise InputError(f"{folder} cannot be made: {error.strerror}") from None
         made = cls(folder)
+        begun = made._names()
         for name, schema in TABLES.items():
-            made._db.create_table(name, schema=schema, exist_ok=True)
+            if name not in begun:
+                made._db.create_table(name, schema=schema, exist_ok=True)
+        # A table that an older gemscope made before it was interrupted may lack something.
+        for step in STEPS.values():
+            step(made)
         write_whole(folder / "store.json", json.dumps({"version": VERSION}).encode())
         return made
 
@@ -345,21 +356,6 @@ def _which(address: str | None, feature: int | None) -> str:
     if feature is not None:
         parts.append(f"feature = {int(feature)}")
     return " AND ".join(parts) or "true"
-
-
-def _check_version(folder: Path, known: dict[str, Any]) -> None:
-    from ._tables import VERSION
-
-    version = known.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise InputError(
-            f"{folder} is no catalog store that this gemscope knows: see its store.json"
-        )
-    if version > VERSION:
-        raise InputError(
-            f"{folder} has version {version} of the layout and this gemscope reads up to "
-            f"{VERSION}; update gemscope"
-        )
 
 
 def _strange(folder: Path) -> bool:

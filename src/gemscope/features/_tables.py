@@ -2,8 +2,10 @@
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
-VERSION = 1
-"""Of the layout; a store of a newer one is refused, an older one is moved forward."""
+VERSION = 2
+"""Of the layout; a store of a newer one is refused, an older one is moved forward: each number has
+its step in `_migrate.py`.
+"""
 
 _TOKENS = pa.list_(
     pa.struct([("token", pa.string()), ("id", pa.int32()), ("count", pa.int64()),
@@ -72,10 +74,12 @@ FEATURES = pa.schema(
         *WEIGHED,
         pa.field("words", pa.string()),
         pa.field("promotes", pa.list_(pa.string())),
+        pa.field("output_score", pa.float64()),
     ]
 )
 """One row each; `words` are the tokens it fires on and promotes, for full text, and `promotes` the
-promoted ones without the space around them, to be found by.
+promoted ones without the space around them, to be found by. `output_score` is null until it is
+measured: how far amplifying the feature brings its promoted tokens out of a neutral prompt.
 """
 
 CONTEXTS = pa.schema(

@@ -28,6 +28,7 @@ from ._counts import group_counts as group_counts
 from ._figures import check_figure as check_figure
 from ._figures import plot_comparisons as plot_comparisons
 from ._figures import plot_track as plot_track
+from ._figures import save_figure as save_figure
 from ._map import layout as layout
 from ._map import map_json as map_json
 from ._map import plot_map as plot_map

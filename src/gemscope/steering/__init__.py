@@ -4,6 +4,12 @@ from ._attribute import Attribution as Attribution
 from ._attribute import attribute as attribute
 from ._attribute_exact import agreement as agreement
 from ._change import Change as Change
+from ._dose import Dose as Dose
+from ._dose import Measure as Measure
+from ._dose import Point as Point
+from ._dose import dose as dose
+from ._dose_figure import draw_dose as draw_dose
+from ._dose_prompts import neutral_prompts as neutral_prompts
 from ._intervene import Intervention as Intervention
 from ._intervene import Outcome as Outcome
 from ._intervene import intervene as intervene
@@ -13,6 +19,10 @@ from ._modes import UNITS as UNITS
 from ._modes import Mode as Mode
 from ._modes import Strength as Strength
 from ._modes import Unit as Unit
+from ._output_score import output_scores as output_scores
+from ._output_score import promoted_tokens as promoted_tokens
+from ._output_score_store import Scored as Scored
+from ._output_score_store import score_store as score_store
 from ._parts import Direction as Direction
 from ._parts import Feature as Feature
 from ._parts import feature as feature

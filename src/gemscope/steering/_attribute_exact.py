@@ -38,7 +38,7 @@ class Agreement:
 
 def agreement(pairs: Sequence[tuple[float, float]]) -> Agreement:
     """Of pairs of an estimate and an exact effect."""
-    from scipy.stats import rankdata
+    from scipy.stats import rankdata  # type: ignore[import-untyped]
 
     a, b = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
     moved = b != 0

@@ -39,8 +39,10 @@ class View:
         key = id(sae), place
         if key not in self._codes:
             x = self.values[each(sae.reads)[place]]
-            one = isinstance(sae, SAE)
-            self._codes[key] = sae.encode(x.float()) if one else sae.encode_layer(x.float(), place)
+            if isinstance(sae, SAE):
+                self._codes[key] = sae.encode(x.float())
+            else:
+                self._codes[key] = sae.encode_layer(x.float(), place)
         return self._codes[key]
 
     def feature(self, feature: Feature) -> Float[Tensor, " n"]:

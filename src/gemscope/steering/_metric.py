@@ -144,8 +144,8 @@ def _two_tokens(text: str, tokenizer: Any) -> tuple[int, int]:
         and (b := _token(text[i + 1 :], tokenizer)) is not None
     ]
     if not found:
-        a, b = text[: cuts[0]], text[cuts[0] + 1 :]
-        return single_token(a, tokenizer), single_token(b, tokenizer)
+        halves = text[: cuts[0]], text[cuts[0] + 1 :]
+        return single_token(halves[0], tokenizer), single_token(halves[1], tokenizer)
     if any(one != two for one, two in pairwise(found)):
         raise InputError(f"'difference:{text}' can be cut at its colons in several ways")
     return found[0]
