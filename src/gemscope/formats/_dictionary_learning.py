@@ -204,10 +204,13 @@ def _load(weights: Path) -> "dict[str, Tensor]":
             raise InputError(
                 f"{weights}: {shown(name)} is larger than its bytes: get the file again"
             )
-    # Each tensor has bytes of its own in the file; one that claims more reads its neighbours'.
-    if sum(storages.values()) > room:
-        raise InputError(f"{weights}: tensors claim more than the {room:,} bytes there are: "
-                         "get the file again")  # fmt: skip
+    # Each tensor has bytes of its own in the file: one that claims more reads its neighbours', one
+    # that claims less is of another type than what was written.
+    if (claimed := sum(storages.values())) != room:
+        raise InputError(
+            f"{weights}: tensors claim {claimed:,} bytes, and there are {room:,}: get the file "
+            "again"
+        )
     return {name: value.detach() for name, value in state.items()}
 
 
