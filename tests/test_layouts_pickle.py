@@ -164,4 +164,4 @@ def test_a_tensor_that_claims_more_than_its_bytes_is_refused(tmp_path):
 
         rewritten(folder, claim)
         assert any(changed)
-        refused(folder, "claim [\d,]+ bytes|cannot be read as weights alone|larger than its bytes")
+        refused(folder, r"claim [\d,]+ bytes|cannot be read as weights alone|larger than its bytes")

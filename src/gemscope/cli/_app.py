@@ -18,6 +18,7 @@ from . import (
     _download,
     _eval,
     _explain,
+    _export_site,
     _feature,
     _harvest,
     _index,
@@ -28,6 +29,7 @@ from . import (
     _output_score,
     _relations,
     _search,
+    _serve,
     _steer,
     _track,
     _train,
@@ -61,6 +63,8 @@ app.command("track")(_track.track_command)
 app.command("cluster")(_cluster.cluster_command)
 app.add_typer(_catalog.catalog, name="catalog")
 app.command("verify")(_verify.verify_command)
+app.command("serve")(_serve.serve_command)
+app.command("export-site")(_export_site.export_site_command)
 app.command("steer")(_steer.steer_command)
 app.command("dose")(_dose.dose_command)
 app.command("output-score")(_output_score.output_score_command)

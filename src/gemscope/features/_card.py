@@ -1,5 +1,6 @@
 """Everything known of one feature, as one record and as one page."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ from ._pieces import marked, shown, token_pieces
 from ._search import described
 from ._store import Store
 
+Said = Callable[[Iterable[tuple[str, int]]], dict[tuple[str, int], tuple[str, float | None]]]
+"""What features are called, as `described` has it of one store."""
 
-def card(store: Store, address: str, feature: int) -> dict[str, Any]:
-    """The whole record of a feature: statistics, contexts with tokens, what it is said to be."""
+
+def card(store: Store, address: str, feature: int, said_of: Said | None = None) -> dict[str, Any]:
+    """The whole record of a feature: statistics, contexts with tokens, what it is said to be.
+
+    A server that keeps what features are called gives `said_of`; it is asked instead of the store.
+    """
     known = store.dictionary(address)
     row = store.feature(address, feature)
     tokenizer, text = store.tokenizer(address), store.text(address)
@@ -34,7 +41,7 @@ def card(store: Store, address: str, feature: int) -> dict[str, Any]:
             }
         )
     others = [(address, n["feature"]) for n in (*row["together"], *row["neighbours"])]
-    said = described(store, others)
+    said = described(store, others) if said_of is None else said_of(others)
     for name in ("together", "neighbours"):
         row[name] = [
             n | {"explanation": said.get((address, n["feature"]), (None,))[0]} for n in row[name]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from ._edit import Edit, Edits
 from ._frame import Frame, row_lengths
 from ._generate import Generated, Sampling, generated, repeated, turn
 from ._hooks import Finished, Taps
+
+_LOADING = Lock()
+"""While it loads, `transformers` changes what torch makes: two threads would get each other's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +314,8 @@ def load_model(
         # transformers 4 would choose an attention for Gemma 2 that leaves its soft-cap out.
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         options = {"attn_implementation": "eager"} if capped else {}
-        hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        with _LOADING:
+            hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         hf.to(device).eval()
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
