@@ -24,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from explorer import explorer  # noqa: E402
 from gpu import gpu  # noqa: E402
 from index import index, search  # noqa: E402
 from quality import quality  # noqa: E402
@@ -257,7 +258,7 @@ def wide() -> Iterator[dict]:
 THEMES = {
     "wide": wide, "startup": startup, "demo": demo, "dictionary": dictionary, "peer": peer,
     "index": index, "search": search, "step": step, "switch": switch, "many": many,
-    "quality": quality, "steering": steering, "store": store, "gpu": gpu,
+    "quality": quality, "steering": steering, "explorer": explorer, "store": store, "gpu": gpu,
 }  # fmt: skip
 
 
