@@ -54,6 +54,7 @@ class Frame:
         self._prompts, self._specials = prompt_lengths, specials
         # Without any, which is the common case, nothing needs to be gathered.
         self._padded = bool((pads > 0).any()) or bool((ends < ordinary.shape[1]).any())
+        self._rows = torch.arange(len(pads), device=pads.device)
         self._seen = 0
         self._places: Tensor | None = None
         self.counts = ordinary
@@ -64,6 +65,9 @@ class Frame:
     def begin(self, ids: Int[Tensor, "batch seq"]) -> None:
         """Another call of the model, on the next `ids` of every row."""
         n_rows, n = ids.shape
+        if self._seen and n == 1:
+            self._step(ids)
+            return
         column = torch.arange(self._seen, self._seen + n, device=ids.device)
         self.counts, self._places = self._first, None
         if self._seen:
@@ -81,6 +85,15 @@ class Frame:
             prompt_lengths=self._prompts,
         )  # fmt: skip
         self._seen += n
+
+    def _step(self, ids: Tensor) -> None:
+        """One more token of every row, in as few operations as there can be."""
+        self._places, self.counts = None, (ids != self._specials).all(1, keepdim=True)
+        self.tokens = Tokens(
+            rows=self._rows, positions=self._seen - self._pads, ordinary=self.counts[:, 0],
+            prompt_lengths=self._prompts,
+        )  # fmt: skip
+        self._seen += 1
 
     def gather(
         self, value: Float[Tensor, "batch seq d"], *, placed: bool

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Feature:
             out[found.rows[own]] = found.values[own]
             return out.to(x.device)
         pre = x.float() @ self.column + self.bias
-        return torch.where(pre > max(self.threshold, 0.0), pre, 0.0)
+        return F.threshold(pre, max(self.threshold, 0.0), 0.0)
 
 
 def feature(

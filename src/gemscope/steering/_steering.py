@@ -134,35 +134,45 @@ class Steering:
             raise InputError(f"strengths for {self._rows} rows in a batch of {n_rows}")
         x = at[site]
         seen = _Seen(x.float(), at, tokens, peaks)
-        parts, replaced = [], False
+        coefficients, rows, whole = [], [], None
         for place, change in enumerate(changes):
-            part = seen.delta(change, site, place)
-            if change.mode is Mode.REPLACE and not replaced:
+            coefficient, row = seen.moved(change, site, place)
+            coefficients.append(_made(change, coefficient, tokens))
+            rows.append(row)
+            if change.mode is Mode.REPLACE and whole is None:
                 # All that replace are of one dictionary and share its reconstruction.
-                replaced = True
-                part = part + seen.without_error(cast(SAE, cast(Feature, change.what).sae))
-            parts.append(_made(change, part, tokens))
-        delta = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+                error = seen.without_error(cast(SAE, cast(Feature, change.what).sae))
+                share = _made(change, 1.0, tokens)
+                whole = torch.where(share[:, None] != 0, share[:, None] * error, 0.0)
+        if len(rows) == 1:
+            active = coefficients[0] != 0
+            delta = coefficients[0][:, None] * rows[0]
+        else:
+            many = torch.stack(coefficients, dim=1)
+            active, delta = (many != 0).any(1), many @ torch.stack(rows)
+        if whole is not None:
+            active, delta = active | (whole != 0).any(1), delta + whole
         # What is not added stays as exact as it was: a float64 stream is not rounded.
         new = x.to(torch.promote_types(x.dtype, torch.float32)) + delta
-        keep = delta == 0
         if changes[0].keep_norm:
             new = new * (_length(seen.x) / _length(new).clamp_min(_TINY))
-            keep = keep.all(1, keepdim=True)
-        return torch.where(keep, x, new.to(x.dtype))
+        return torch.where(active[:, None], new.to(x.dtype), x)
 
 
-def _made(change: Change, part: Tensor, tokens: Tokens) -> Tensor:
-    """What of a change is made at each token, `[n_tokens, d]`."""
+def _made(change: Change, coefficient: Tensor | float, tokens: Tokens) -> Tensor:
+    """How much of a change is made at each token, float32 `[n_tokens]`."""
     mask = change.positions.mask(tokens)
     factor = change.schedule.factors(tokens)
-    if isinstance(factor, Tensor):
-        mask = mask & (factor != 0)
-        part = part * (factor * change.amount)[:, None]
-    elif change.amount != 1:
-        part = part * change.amount
-    # A change that is not made adds nothing, however large it would have been.
-    return torch.where(mask[:, None] & (change.amount != 0), part, 0.0)
+    share = factor if change.amount == 1 else factor * change.amount
+    if isinstance(share, Tensor):
+        # A change that is not made adds nothing, however large it would have been.
+        mask = mask & (share != 0)
+    elif share == 0:
+        return torch.zeros(len(mask), device=mask.device)
+    if not (isinstance(share, float) and share == 1):
+        coefficient = coefficient * share
+    made = torch.where(mask, coefficient, 0.0)
+    return made if made.dtype == torch.float32 else made.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,32 +184,31 @@ class _Seen:
     tokens: Tokens
     peaks: dict[int, Tensor]
 
-    def delta(self, change: Change, site: Site, place: int) -> Float[Tensor, "... d"]:
-        """What one change adds, at every token or the same at all, before positions count."""
+    def moved(
+        self, change: Change, site: Site, place: int
+    ) -> tuple[Float[Tensor, " n_tokens"] | float, Float[Tensor, " d"]]:
+        """How far one change moves each token along a vector, and the vector; positions aside."""
         row = change.what.rows[site]
         if change.mode in READS_ACTIVATION:
             feature = cast(Feature, change.what)
             f = feature.values(self.at[feature.reads])
-            return self._coefficients(change, f, row, place)[:, None] * row
-        length = _length(row[None])[0]
+            return self._coefficients(change, f, row, place), row
         if change.mode is Mode.ADD:
-            s = self._strength(change, row)
-            return (s[:, None] if isinstance(s, Tensor) else s) * row
-        unit = row / length.clamp_min(_TINY)
+            return self._strength(change, row), row
+        unit = row / _length(row[None])[0].clamp_min(_TINY)
         along = self.x @ unit
         match change.mode:
             case Mode.ABLATE_DIRECTION:
-                size = -along
+                return -along, unit
             case Mode.SCALE_DIRECTION:
-                size = (self._number(change) - 1) * along
+                return (self._number(change) - 1) * along, unit
             case Mode.NORM_RELATIVE:
-                size = self._number(change) * _length(self.x)[:, 0]
+                return self._number(change) * _length(self.x)[:, 0], unit
             case _:
                 wanted = self._number(change)
                 if change.strength is not None and change.strength.unit is Unit.NORM:
                     wanted = wanted * _length(self.x)[:, 0]
-                size = wanted - along
-        return size[:, None] * unit
+                return wanted - along, unit
 
     def _coefficients(self, change: Change, f: Tensor, row: Tensor, place: int) -> Tensor:
         """By how much of its row each token's feature is moved."""

@@ -60,7 +60,7 @@ def vectors_of(changes: Sequence[Change], *, model: str | None = None) -> Vector
         what, factor = change.what, _factor(change)
         for site, row in what.rows.items():
             # Rounded as the edit itself rounds, so that the vector is the same to the last bit.
-            part = change.amount * (factor * row.detach().cpu().float())
+            part = (factor * change.amount) * row.detach().cpu().float()
             sums[site] = part if site not in sums else sums[site] + part
         edits.append(_edit(change, factor))
         if isinstance(what, Feature) and model is None:
