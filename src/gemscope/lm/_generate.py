@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from gemscope.corpus import TokenBatch
 from gemscope.errors import InputError
@@ -120,8 +119,8 @@ def generated(
     return made
 
 
-class _Listener(BaseStreamer):
-    """Tells what each step made, row by row."""
+class _Listener:
+    """A streamer of `transformers` by its two methods: tells what each step made, row by row."""
 
     def __init__(self, heard: Heard, ends: frozenset[int]):
         self._heard, self._ends = heard, ends
