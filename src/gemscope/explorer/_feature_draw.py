@@ -41,7 +41,9 @@ class Piece:
     peak: bool
 
 
-def rectangles(heights: Sequence[float], first: int, total: int) -> list[dict[str, float]]:
+def rectangles(
+    heights: Sequence[int | float], first: int, total: int
+) -> list[dict[str, int | float]]:
     """Bars that stand at `first`, `first + 1`, ... of `total` equal places."""
     most, step = max([*heights, 1e-30]), WIDTH / max(1, total)
     out = []

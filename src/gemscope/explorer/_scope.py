@@ -44,15 +44,15 @@ class Cell:
     """What its panel is called."""
     layer: str
     d_sae: int
-    nominal_l0: float | None
+    nominal_l0: float | int | None
     affine: bool
     indexed: bool
     here: bool
-    figures: dict[str, float | None]
+    figures: dict[str, float | int | None]
     """`l0`, `fvu`, `delta_loss` and `dead`; None is not measured."""
     sources: dict[str, str]
 
-    def value(self, colour: Colour) -> float | None:
+    def value(self, colour: str) -> float | None:
         """What it is coloured by: an L0 that nobody measured is the nominal one."""
         found = self.figures[colour]
         return self.nominal_l0 if found is None and colour == Colour.L0 else found
@@ -253,13 +253,13 @@ class _Scale:
     logarithmic: bool
 
     @classmethod
-    def of(cls, cells: Sequence[Cell], colour: Colour) -> "_Scale | None":
+    def of(cls, cells: Sequence[Cell], colour: str) -> "_Scale | None":
         values = [v for c in cells if (v := c.value(colour)) is not None]
         if not values:
             return None
         return cls(min(values), max(values), colour == Colour.L0 and min(values) > 0)
 
-    def share(self, value: float) -> float:
+    def share(self, value: float | int) -> float:
         """Between 0 and 1."""
         if self.high <= self.low:
             return 0.5
