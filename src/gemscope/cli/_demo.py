@@ -92,6 +92,7 @@ def demo(
         f"\nThe report: {page} (open it in a browser)\n"
         f"Next: gemscope search {store} 'string or comment'\n"
         f"      gemscope feature {store} {_INDEXED}/0\n"
+        f"      gemscope serve {store}\n"
         f"      gemscope look 'import os' --sae {chosen.address}\n"
         f"      gemscope eval 'miniature/*'\n      gemscope list miniature\n[dim]{time.monotonic() - began:.0f} seconds[/dim]",
         soft_wrap=True,

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._addresses import feature_of
 from ._show import console, percent, print_json
 
 if TYPE_CHECKING:
@@ -23,9 +22,9 @@ def feature_command(
     json: Annotated[bool, typer.Option("--json", help="Print the whole record and nothing else.")] = False,
 ) -> None:  # fmt: skip
     """Show what a feature fires on, promotes, resembles and is called."""
-    from gemscope import features
+    from gemscope import features, hub
 
-    address, feature = feature_of(name)
+    address, feature = hub.feature_of(name)
     record = features.card(features.Store.open(store), address, feature)
     if html is not None:
         features.write_card(record, html)

@@ -7,7 +7,6 @@ import typer
 
 from gemscope.errors import InputError
 
-from ._addresses import feature_of
 from ._show import console, number, percent, print_json
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def search_command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON list, best first, and nothing else.")] = False,
 ) -> None:  # fmt: skip
     """Find features: by words, by text, by promoted token, by direction, by statistics."""
-    from gemscope import features
+    from gemscope import features, hub
 
     kinds = [n for n, v in (("QUERY", query), ("--text", text), ("--promotes", promotes),
                             ("--like", like)) if v is not None]  # fmt: skip
@@ -42,7 +41,7 @@ def search_command(
     elif promotes is not None:
         found, score = features.search_promotes(opened, promotes, among), "logit, in s.d."
     elif like is not None:
-        found, score = features.search_like(opened, *feature_of(like), among), "cosine"
+        found, score = features.search_like(opened, *hub.feature_of(like), among), "cosine"
     elif query is not None:
         found, score = features.search(opened, query, among), "match"
     else:

@@ -7,7 +7,6 @@ import typer
 
 from gemscope.errors import InputError
 
-from ._addresses import feature_of
 from ._relations import words
 from ._show import console, percent, print_json
 
@@ -32,7 +31,7 @@ def track_command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")] = False,
 ) -> None:  # fmt: skip
     """Follow features through the layers: born, passed on, transformed, vanished."""
-    from gemscope import relate
+    from gemscope import hub, relate
     from gemscope.features import Store
 
     _check(feature, stream, like, check, plot)
@@ -56,7 +55,7 @@ def track_command(
         if plot is not None:
             console().print(f"The figure: {plot}")
         return
-    address, number = feature_of(feature)
+    address, number = hub.feature_of(feature)
     opened.check_feature(address, number)
     layers = relate.layers_of(opened, like=address)
     chain = relate.chain(opened, layers, address, number, limits)
