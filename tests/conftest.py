@@ -29,6 +29,14 @@ def miniature():
 
 
 @pytest.fixture(scope="session")
+def exact():
+    """The bundled model in float64."""
+    from gemscope.lm import load_model
+
+    return load_model("miniature", device="cpu", dtype="float64")
+
+
+@pytest.fixture(scope="session")
 def entries():
     """The catalog's artefacts."""
     from gemscope.hub import catalog

@@ -4,28 +4,13 @@ import json
 
 import pytest
 import torch
+from intervened import CLEAN, CLT, KINDS, METRIC, OTHER, SAE, TRANSCODER
 
 from gemscope import hub
-from gemscope.lm import Edit, load_model
+from gemscope.lm import Edit
 from gemscope.sae import SparseFeatures
 from gemscope.sites import each
 from gemscope.steering import attribute, intervene
-
-SAE = "miniature/resid_post_all/layer_3_width_384_l0_small"
-TRANSCODER = "miniature/transcoder_all/layer_2_width_192_l0_big_affine"
-ATTENTION = "miniature/attn_out_all/layer_2_width_128_l0_big"
-CROSSCODER = "miniature/crosscoder/layer_1_2_3_4_width_384_l0_medium"
-CLT = "miniature/clt/width_384_l0_medium_affine"
-KINDS = (SAE, TRANSCODER, ATTENTION, CROSSCODER, CLT)
-CLEAN = "for item in items:\n    print("
-OTHER = "for name in names:\n    print("
-METRIC = "difference:item:name"
-
-
-@pytest.fixture(scope="module")
-def exact():
-    """The bundled model in float64."""
-    return load_model("miniature", device="cpu", dtype="float64")
 
 
 def metric_with(model, changes):

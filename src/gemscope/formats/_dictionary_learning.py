@@ -222,6 +222,7 @@ def _checked_zip(weights: Path) -> int:
             infos = archive.infolist()
     except OSError as error:
         raise InputError(f"{weights} cannot be read: {error.strerror or error}") from None
+    # NotImplementedError is zipfile's word for a compression or version it does not know.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError):
         raise InputError(
             f"{weights} is not a file that torch.save writes, or it is cut short: get it again"

@@ -58,6 +58,7 @@ def opened_zip(file: Path) -> Iterator[tuple[zipfile.ZipFile, list[Packed]]]:
         raise
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from None
+    # NotImplementedError is zipfile's word for a compression or version it does not know.
     except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError,
             EOFError, OverflowError, ValueError):  # fmt: skip
         raise InputError(
