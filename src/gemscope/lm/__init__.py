@@ -9,3 +9,5 @@ from ._generate import Generated as Generated
 from ._model import LanguageModel as LanguageModel
 from ._model import Run as Run
 from ._model import load_model as load_model
+from ._weights import Block as Block
+from ._weights import Weights as Weights

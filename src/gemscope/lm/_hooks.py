@@ -102,7 +102,7 @@ class Taps:
         return module.register_forward_hook(_on_output(act))
 
     def _gain_free(self, module: nn.Module, act: Any):
-        centred, eps = self.family.centred, _epsilon(module)
+        centred, eps = self.family.centred, epsilon(module)
         gain = self.family.gain_offset + module.get_parameter("weight").float()
         shift = module.get_parameter("bias").float() if centred else 0.0
 
@@ -158,7 +158,8 @@ def _on_output(act: Any):
     return hook
 
 
-def _epsilon(norm: nn.Module) -> float:
+def epsilon(norm: nn.Module) -> float:
+    """What a norm adds to the mean square."""
     for name in ("eps", "variance_epsilon"):
         if isinstance(value := getattr(norm, name, None), float):
             return value

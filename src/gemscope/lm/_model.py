@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from gemscope.corpus import Document, Prefix, TokenBatch, contexts, pack
 from gemscope.errors import InputError
-from gemscope.hub import fetch_model, model_shape, model_source
+from gemscope.hub import IMPORTING, fetch_model, load_tokenizer, model_shape, model_source
 from gemscope.sae import Dictionary
 from gemscope.sites import Family, Site, Sites, Stream, each, family_of
 
+from ._attention import patterns
 from ._edit import Edit, Edits
 from ._frame import Frame, row_lengths
 from ._generate import Generated, Sampling, generated, repeated, turn
 from ._hooks import Finished, Taps
+from ._weights import Weights
 
 _LOADING = Lock()
 """While it loads, `transformers` changes what torch makes: two threads would get each other's."""
@@ -36,6 +38,8 @@ class Run:
     tokens: TokenBatch
     values: dict[Site, Tensor]
     all_logits: Float[Tensor, "batch seq vocab"] | None
+    patterns: tuple[Float[Tensor, "batch heads seq seq"], ...] = ()
+    """Of each layer, how much each head attends from a position to each: in a run asked for it."""
 
     def __getitem__(self, site: Site | Sites) -> Float[Tensor, "batch seq ..."]:
         if isinstance(site, Sites):
@@ -164,12 +168,14 @@ class LanguageModel:
         read: Iterable[Site | Sites] = (),
         edits: Iterable[Edits] = (),
         logits: bool = False,
+        attention: bool = False,
         prompt: int | Sequence[int] | None = None,
     ) -> Run:
         """One forward pass: activations at `read`, after `edits` elsewhere, and logits if asked.
 
         A site is read as the model computed it, before an edit of that same site. Without
-        `logits`, the pass ends after the last site read. Gradients flow if they are enabled.
+        `logits`, the pass ends after the last site read. Gradients flow if they are enabled. With
+        `attention` its patterns are kept, computed by the library's plain implementation.
         `prompt` says how many tokens of each row, BOS included, edits are to take for a prompt,
         the others for generated; all of them by default.
         """
@@ -182,15 +188,16 @@ class LanguageModel:
         ids, frame = batch.ids.to(self.device), self._frame(batch, prompt)
         frame.begin(ids)
         out = None
-        with taps.attached(sites, steps, frame, stop=not logits):
+        stop = not (logits or attention)
+        with patterns(self, attention) as seen, taps.attached(sites, steps, frame, stop=stop):
             try:
                 if logits:
                     out = self.hf(input_ids=ids, use_cache=False).logits
-                elif sites:
+                elif sites or attention:
                     self.stack(input_ids=ids, use_cache=False)
             except Finished:
                 pass
-        return Run(batch, {site: taps.values[site] for site in sites}, out)
+        return Run(batch, {site: taps.values[site] for site in sites}, out, tuple(seen))
 
     def generate(
         self,
@@ -255,6 +262,11 @@ class LanguageModel:
         """Ids of the tokens that stand for no text."""
         return torch.tensor(sorted(self.tokenizer.all_special_ids))
 
+    @property
+    def weights(self) -> Weights:
+        """Its matrices and gains, as what is linear in it needs them."""
+        return Weights(self.hf, self.stack, self.family)
+
     def direct_logits(
         self, directions: Float[Tensor, "n d_out"], site: Site
     ) -> Float[Tensor, "n vocab"] | None:
@@ -265,24 +277,7 @@ class LanguageModel:
         soft-cap are left out: orders are right, sizes are relative. None where a direction does
         not lie in the residual stream's space or a linear map from it.
         """
-        d = directions.float()
-        if site.stream is Stream.ATTN_HEADS:
-            weight = self._weight(self.family.attn_projection, site.layer)
-            d = d @ (weight if self.family.transposed else weight.T)
-            if self.family.attn_post_norm is not None:
-                d = d * self._gain(self.family.attn_post_norm, site.layer)
-        elif site.stream in (Stream.MLP_IN, Stream.MLP_IN_UNSCALED, Stream.MLP_HIDDEN):
-            return None
-        if self.family.centred:
-            d = d - d.mean(-1, keepdim=True)
-        gain = self._gain(self.family.final_norm, 0)
-        return (d * gain) @ self.hf.get_output_embeddings().weight.float().T
-
-    def _weight(self, path: str, layer: int) -> Tensor:
-        return self.stack.get_submodule(path.format(layer=layer)).get_parameter("weight").float()
-
-    def _gain(self, path: str, layer: int) -> Tensor:
-        return self.family.gain_offset + self._weight(path, layer)
+        return self.weights.direct_logits(directions, site)
 
 
 def load_model(
@@ -293,29 +288,25 @@ def load_model(
     On the first GPU if there is one. Parameters are float32 on a processor and bfloat16 on a GPU
     unless `dtype` says otherwise; float16 is refused where it overflows.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = _dtype(dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     source = model_source(name)
     if not Path(source).is_dir():
         source = str(fetch_model(source))
-    logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(source).get_text_config()
+        config, make = _architecture(source)
         family = family_of(config.model_type)
         if dtype is torch.float16 and not family.float16:
             raise InputError(
                 f"activations of {family.name} overflow float16; use bfloat16 or float32"
             )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         # transformers 4 would choose an attention for Gemma 2 that leaves its soft-cap out.
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         options = {"attn_implementation": "eager"} if capped else {}
         with _LOADING:
-            hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            hf: Any = make(source, dtype=dtype, **options)
         hf.to(device).eval()
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
@@ -324,6 +315,19 @@ def load_model(
         raise InputError(f"model {name!r} cannot be loaded: {first}") from None
     hf.requires_grad_(False)
     return LanguageModel(hf, tokenizer, name=_identity(name))
+
+
+def _architecture(source: str) -> tuple[Any, Callable[..., Any]]:
+    """A model's configuration, and what loads its weights."""
+    with IMPORTING:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        config = AutoConfig.from_pretrained(source)
+        # Its code; weights take longer, and others need not wait for those.
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        return config.get_text_config(), AutoModelForCausalLM.from_pretrained
 
 
 def _identity(name: str) -> str | None:

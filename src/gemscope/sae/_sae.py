@@ -117,7 +117,7 @@ class SAE:
     ) -> Float[Tensor, "n_tokens n_features"]:
         """`x @ w_enc + b_enc` of a few features; of a mapped file only their columns are read."""
         chosen = self._chosen(features)
-        return torch.addmm(self.b_enc[chosen].float(), self._tokens(x), self._columns(chosen))
+        return torch.addmm(self.b_enc[chosen].float(), self._tokens(x), self.columns(features))
 
     def only(self, features: Sequence[int]) -> "SAE":
         """The dictionary of a few features, numbered by their place in `features`.
@@ -130,11 +130,16 @@ class SAE:
         chosen = self._chosen(features)
         return replace(
             self,
-            w_enc=self._columns(chosen),
+            w_enc=self.columns(features),
             b_enc=self.b_enc[chosen],
             w_dec=self.w_dec[chosen],
             activation=JumpReLU(self.activation.threshold[chosen]),
         )
+
+    def columns(self, features: Sequence[int]) -> Float[Tensor, "d_in n_features"]:
+        """What a few features are read by, in float32: their encoder columns."""
+        # Column by column: an index over the whole matrix may copy all of it first.
+        return torch.stack([self.w_enc[:, int(i)] for i in self._chosen(features)], dim=1).float()
 
     def rows(self, features: Sequence[int]) -> Float[Tensor, "n_features n_writes d_out"]:
         """What a few features write, in float32: their decoder rows, one for each site written."""
@@ -168,10 +173,6 @@ class SAE:
 
     def _chosen(self, features: Sequence[int]) -> Tensor:
         return chosen_features(features, self.d_sae, self.w_enc.device)
-
-    def _columns(self, chosen: Tensor) -> Tensor:
-        # Column by column: an index over the whole matrix may copy all of it first.
-        return torch.stack([self.w_enc[:, int(i)] for i in chosen], dim=1).float()
 
 
 def chosen_features(features: Sequence[int], d_sae: int, device: torch.device) -> Tensor:

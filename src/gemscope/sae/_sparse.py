@@ -44,6 +44,12 @@ class SparseFeatures:
         out[self.rows, self.indices.long()] = self.values
         return out
 
+    def to(self, device: torch.device | str) -> "SparseFeatures":
+        """The same on another device."""
+        return SparseFeatures(
+            self.offsets.to(device), self.indices.to(device), self.values.to(device), self.d_sae
+        )
+
     def tokens(self, start: int, stop: int) -> "SparseFeatures":
         """The tokens `start` to `stop`."""
         offsets = self.offsets[start : stop + 1]

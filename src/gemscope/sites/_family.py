@@ -51,6 +51,14 @@ class Family:
     """The linear map from `attn_heads` to the residual stream's width."""
     attn_post_norm: str | None = None
     """The norm that follows it, if any."""
+    attn: str | None = None
+    """The attention's module. None, with the three below, where keys and values share a matrix."""
+    attn_norm: str | None = None
+    """The norm before attention."""
+    attn_value: str | None = None
+    """The linear map from it to the values of each head."""
+    mlp_norm: str | None = None
+    """The norm before the MLP."""
     gain_offset: float = 0.0
     """The gain of a norm is this plus its weight: Gemma stores the gain less one."""
     centred: bool = False
@@ -132,7 +140,19 @@ def _pre_norm(layer: str, norm: str, attention: str, down: str) -> dict[Stream, 
 
 
 _LLAMA_BLOCK = _pre_norm(_LAYER, "post_attention_layernorm", "self_attn.o_proj", "down_proj")
-_LLAMA_PROJECTION = f"{_LAYER}.self_attn.o_proj"
+
+
+def _attention(mlp_norm: str) -> dict[str, str]:
+    """Where the parts of attention lie that have a matrix each for queries, keys and values."""
+    return {
+        "attn": f"{_LAYER}.self_attn",
+        "attn_norm": f"{_LAYER}.input_layernorm",
+        "attn_value": f"{_LAYER}.self_attn.v_proj",
+        "attn_projection": f"{_LAYER}.self_attn.o_proj",
+        "mlp_norm": f"{_LAYER}.{mlp_norm}",
+    }
+
+
 _NEOX_BLOCK = _pre_norm(_LAYER, "post_attention_layernorm", "attention.dense", "dense_4h_to_h")
 # Attention and MLP read the same stream side by side: nothing lies between them.
 del _NEOX_BLOCK[Stream.RESID_MID]
@@ -145,7 +165,7 @@ FAMILIES = (
         stacks=("model.language_model", "language_model.model", "model"),
         taps=_sandwich(),
         final_norm="norm",
-        attn_projection=_LLAMA_PROJECTION,
+        **_attention("pre_feedforward_layernorm"),
         attn_post_norm=f"{_LAYER}.post_attention_layernorm",
         gain_offset=1.0,
         float16=False,
@@ -158,7 +178,7 @@ FAMILIES = (
         stacks=("model",),
         taps=_sandwich(),
         final_norm="norm",
-        attn_projection=_LLAMA_PROJECTION,
+        **_attention("pre_feedforward_layernorm"),
         attn_post_norm=f"{_LAYER}.post_attention_layernorm",
         gain_offset=1.0,
         user_prefix="<start_of_turn>user\n",
@@ -171,7 +191,7 @@ FAMILIES = (
         stacks=("model",),
         taps=_LLAMA_BLOCK | {Stream.EMBED: Tap("layers.0", Side.INPUT)},
         final_norm="norm",
-        attn_projection=_LLAMA_PROJECTION,
+        **_attention("post_attention_layernorm"),
         gain_offset=1.0,
     ),
     Family(
@@ -181,7 +201,7 @@ FAMILIES = (
         stacks=("model",),
         taps=_LLAMA_BLOCK | {Stream.EMBED: Tap("embed_tokens", Side.OUTPUT)},
         final_norm="norm",
-        attn_projection=_LLAMA_PROJECTION,
+        **_attention("post_attention_layernorm"),
     ),
     Family(
         name="qwen",
@@ -190,7 +210,7 @@ FAMILIES = (
         stacks=("model",),
         taps=_LLAMA_BLOCK | {Stream.EMBED: Tap("embed_tokens", Side.OUTPUT)},
         final_norm="norm",
-        attn_projection=_LLAMA_PROJECTION,
+        **_attention("post_attention_layernorm"),
     ),
     Family(
         name="gpt-2",
