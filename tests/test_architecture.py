@@ -15,7 +15,7 @@ ROOT = PACKAGE.parents[1]
 LAYERS = (
     "errors", "miniature", "sites", "corpus", "sae", "formats", "hub", "lm", "activations",
     "evaluate", "train", "features", "relate", "explain", "exchange", "steering",
-    "explorer", "cli",
+    "circuits", "explorer", "cli",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "matplotlib", "pydantic", "numpy", "rich", "huggingface_hub"}
 

@@ -20,6 +20,7 @@ from . import (
     _explain,
     _export_site,
     _feature,
+    _graph,
     _harvest,
     _index,
     _info,
@@ -31,6 +32,7 @@ from . import (
     _search,
     _serve,
     _steer,
+    _trace,
     _track,
     _train,
     _vector,
@@ -69,6 +71,8 @@ app.command("steer")(_steer.steer_command)
 app.command("dose")(_dose.dose_command)
 app.command("output-score")(_output_score.output_score_command)
 app.command("intervene")(_intervene.intervene_command)
+app.command("trace")(_trace.trace_command)
+app.command("graph")(_graph.graph_command)
 app.command("vector")(_vector.vector_command)
 app.command("train")(_train.train_command)
 app.command("harvest")(_harvest.harvest_command)

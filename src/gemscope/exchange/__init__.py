@@ -16,6 +16,8 @@ from ._incoming import Imported as Imported
 from ._kept import imported_contexts as imported_contexts
 from ._kept import imported_features as imported_features
 from ._labels import Problem as Problem
+from ._labels import best_explanation as best_explanation
+from ._labels import human_word as human_word
 from ._measured import Selection as Selection
 from ._merge import Conflict as Conflict
 from ._merge import Merged as Merged

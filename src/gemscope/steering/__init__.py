@@ -13,8 +13,16 @@ from ._dose_prompts import neutral_prompts as neutral_prompts
 from ._intervene import Intervention as Intervention
 from ._intervene import Outcome as Outcome
 from ._intervene import intervene as intervene
+from ._intervene_places import Prompt as Prompt
 from ._maxima import load_feature as load_feature
 from ._maxima import maximum_of as maximum_of
+from ._metric import Measure as MetricKind
+from ._metric import Measuring as Measuring
+from ._metric import Metric as Metric
+from ._metric import metric as read_metric
+from ._metric import rows_that_fit as rows_that_fit
+from ._metric import single_token as single_token
+from ._metric import two_tokens as two_tokens
 from ._modes import UNITS as UNITS
 from ._modes import Mode as Mode
 from ._modes import Strength as Strength
@@ -34,6 +42,7 @@ from ._steer import model_of as model_of
 from ._steer import steer as steer
 from ._steering import Steering as Steering
 from ._target import address_of as address_of
+from ._target import order as order
 from ._vectors import check_target as check_target
 from ._vectors import control_layer as control_layer
 from ._vectors import load_vector as load_vector

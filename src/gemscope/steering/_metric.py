@@ -125,14 +125,14 @@ def _parsed(text: str, model: LanguageModel, load: Load, at: int | None) -> Metr
         return Metric(kind=kind, text=text, feature=found.feature, at=at)
     ids: tuple[int, ...] = ()
     if kind is Measure.DIFFERENCE:
-        ids = _two_tokens(rest, model.tokenizer)
+        ids = two_tokens(rest, model.tokenizer)
     elif wanted:
         ids = (single_token(rest, model.tokenizer),)
     names = tuple(marked(model.tokenizer.decode([i])) for i in ids)
     return Metric(kind=kind, text=text, tokens=ids, names=names, at=at)
 
 
-def _two_tokens(text: str, tokenizer: Any) -> tuple[int, int]:
+def two_tokens(text: str, tokenizer: Any) -> tuple[int, int]:
     """The tokens of `A:B`, either of which may hold colons."""
     cuts = [i for i, c in enumerate(text) if c == ":" and 0 < i < len(text) - 1]
     if not cuts:
