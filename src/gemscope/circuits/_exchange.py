@@ -52,7 +52,7 @@ def export_graph(graph: Graph, path: str | Path, *, index: bool = False) -> Expo
         raise InputError(f"a graph for circuit-tracer is written as NAME.json, not {file.name!r}")
     notes: list[str] = []
     ids = _ids(graph, notes)
-    said = {
+    said: dict[str, Any] = {
         "metadata": _metadata(graph, file.stem, notes), "qParams": _view(graph, ids),
         "nodes": _nodes(graph, ids), "links": _links(graph, ids),
     }  # fmt: skip

@@ -21,6 +21,35 @@ _LEAST = 1e-10
 """A row that sums to less is divided by this, as in circuit-tracer."""
 
 
+class Flow:
+    """How influence passes edges: those that come into a node share out its own by their absolute
+    weights, without what comes from `constants`.
+
+    `acyclic` says that somebody knows no edge to lead back, which is checked otherwise.
+    """
+
+    def __init__(self, edges: Edges, constants: Bool[Tensor, " n_nodes"], *, acyclic: bool = False):
+        self.edges = edges.only(~constants[edges.source.long()])
+        if not acyclic:
+            check_acyclic(self.edges, len(constants))
+        self.shares = edge_shares(self.edges, len(constants))
+        """Of each of `edges`, float64."""
+        self._n = len(constants)
+
+    def through(self, starts: Float[Tensor, " n_nodes"]) -> Float[Tensor, " n_nodes"]:
+        """What goes through each node of what begins at `starts`, float64."""
+        from scipy.sparse import coo_array  # type: ignore[import-untyped]
+
+        ends = (self.edges.source.numpy(), self.edges.target.numpy())
+        passed = coo_array((self.shares.numpy(), ends), shape=(self._n, self._n)).tocsr()
+        found = starts.double().numpy().copy()
+        now = found.copy()
+        while now.any():
+            now = passed @ now
+            found += now
+        return torch.from_numpy(found)
+
+
 def influence(
     edges: Edges, constants: Bool[Tensor, " n_nodes"], starts: Float[Tensor, " n_nodes"]
 ) -> Float[Tensor, " n_nodes"]:
@@ -29,9 +58,7 @@ def influence(
     Edges that come into a node share out its influence by their absolute weights; `constants` are
     nodes that get none. `starts` is what begins at each node, and is part of its influence.
     """
-    flow = edges.only(~constants[edges.source.long()])
-    check_acyclic(flow, len(starts))
-    return _flown(flow, edge_shares(flow, len(starts)), starts)
+    return Flow(edges, constants).through(starts)
 
 
 def scores(
@@ -46,14 +73,22 @@ def scores(
 
     Both are exactly 1 where no influence reaches an error.
     """
-    flow = edges.only(~constants[edges.source.long()])
-    check_acyclic(flow, len(starts))
-    shares = edge_shares(flow, len(starts))
-    through = _flown(flow, shares, starts)
+    flow = Flow(edges, constants)
+    return flow_scores(flow, flow.through(starts), errors=errors, tokens=tokens)
+
+
+def flow_scores(
+    flow: Flow,
+    through: Float[Tensor, " n_nodes"],
+    *,
+    errors: Bool[Tensor, " n_nodes"],
+    tokens: Bool[Tensor, " n_nodes"],
+) -> Scores:
+    """The same, where the influence of every node is known."""
     at_tokens, at_errors = through[tokens].sum().item(), through[errors].sum().item()
     into = torch.zeros_like(through)
-    wrong = errors[flow.source.long()]
-    into.index_add_(0, flow.target[wrong].long(), shares[wrong])
+    wrong = errors[flow.edges.source.long()]
+    into.index_add_(0, flow.edges.target[wrong].long(), flow.shares[wrong])
     everything = through.sum().item()
     return Scores(
         replacement=at_tokens / (at_tokens + at_errors) if at_errors else 1.0,
@@ -102,13 +137,17 @@ def subgraph_scores(graph: Graph, ids: Sequence[str]) -> Scores:
     )  # fmt: skip
 
 
-def pruned(graph: Graph, *, nodes: int | float = 0.8, edges: int | float = 0.98) -> Graph:
+def pruned(
+    graph: Graph, *, nodes: int | float = 0.8, edges: int | float = 0.98,
+    known: Float[Tensor, " n_nodes"] | None = None,
+) -> Graph:  # fmt: skip
     """The part of a graph that carries these shares of its influence; its books still close.
 
     Features and errors are kept to a cumulative share of `nodes` of the influence, then edges to
     one of `edges`; features and errors that lead nowhere and features that nothing comes into are
     dropped until all left are on a way to a target. Embeddings, targets and what is pinned always
     stay. Constants have no share: their edges stay where they weigh as much as others that do.
+    `known` is the influence over the edges that the graph has, if somebody knows it.
     """
     for name, share in (("nodes", nodes), ("edges", edges)):
         if not 0 <= share <= 1:
@@ -123,7 +162,8 @@ def pruned(graph: Graph, *, nodes: int | float = 0.8, edges: int | float = 0.98)
     always[[graph.place(one) for one in graph.pinned]] = True
 
     # Without what begins at targets, which would leave less of the share to everything else.
-    keep = _largest(influence(ends, constants, starts) - starts, ~constants, nodes) | always
+    whole = influence(ends, constants, starts) if known is None else known
+    keep = _largest(whole - starts, ~constants, nodes) | always
     among = keep[source] & keep[target]
     flows = among & ~constants[source]
     sums = _row_sums(ends.only(flows), n)
@@ -165,7 +205,7 @@ def edge_shares(flow: Edges, n_nodes: int) -> Float[Tensor, " n_edges"]:
 def check_acyclic(flow: Edges, n_nodes: int) -> None:
     """Refuse a graph in which influence would go round forever."""
     import numpy as np
-    from scipy.sparse import coo_array  # type: ignore[import-untyped]
+    from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 
     ends = (flow.source.numpy(), flow.target.numpy())
@@ -201,18 +241,6 @@ def _row_sums(flow: Edges, n_nodes: int) -> Float[Tensor, " n_nodes"]:
     sums = torch.zeros(n_nodes, dtype=torch.float64)
     sums.index_add_(0, flow.target.long(), flow.weight.double().abs())
     return sums.clamp(min=_LEAST)
-
-
-def _flown(
-    flow: Edges, shares: Float[Tensor, " n_edges"], starts: Float[Tensor, " n_nodes"]
-) -> Float[Tensor, " n_nodes"]:
-    source, target = flow.source.long(), flow.target.long()
-    through = starts.double().clone()
-    now = through.clone()
-    while now.any():
-        now = torch.zeros_like(now).index_add_(0, source, now[target] * shares)
-        through += now
-    return through
 
 
 def _largest(

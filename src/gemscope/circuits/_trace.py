@@ -17,7 +17,7 @@ from gemscope.steering import Prompt
 
 from ._frozen import Frozen
 from ._graph import CONSTANTS, Books, Graph, Kind, Node, Scores
-from ._influence import influence, pruned, scores
+from ._influence import Flow, flow_scores, pruned
 from ._memory import Estimate, check_memory
 from ._rows import Progress, Rows, Tracer
 from ._sources import Sources
@@ -68,7 +68,7 @@ def trace(
         "gemscope": __version__, "with": list(dictionaries), "targets": list(targets),
     }  # fmt: skip
     whole = replace(whole, settings=settings)
-    return pruned(whole, nodes=node_threshold, edges=edge_threshold)
+    return pruned(whole, nodes=node_threshold, edges=edge_threshold, known=whole.influence)
 
 
 @torch.no_grad()
@@ -99,26 +99,29 @@ def _whole(
     starts = torch.tensor(
         [0.0] * sources.count + [one.target.weight for one in found], dtype=torch.float64
     )
+    # Every edge leads to a later site.
+    flow = Flow(rows.edges, constants, acyclic=True)
+    through = flow.through(starts)
     return Graph(
         prompt=said.text, tokens=tuple(marked(piece) for piece in said.pieces),
         token_ids=tuple(said.ids), model=lm.name or "a local model",
         dictionaries=transcoders.addresses, nodes=nodes, edges=rows.edges,
         targets=tuple(one.target for one in found), books=_books(rows, lm, len(transcoders.reads)),
-        influence=influence(rows.edges, constants, starts),
-        scores=_scores(rows, nodes, constants, starts),
+        influence=through, scores=_scores(flow, through, nodes),
     )  # fmt: skip
 
 
 def _model(model: LanguageModel | str | None, known: dict[str, Any]) -> LanguageModel:
     if isinstance(model, LanguageModel):
         return model
-    if model is None:
+    name = model
+    if name is None:
         names = sorted({one.origin.model for one in known.values() if one.origin.model})
         if len(names) != 1:
             found = f"belong to {' and '.join(names)}" if names else "do not say whose they are"
             raise InputError(f"these transcoders {found}: name a model, such as miniature")
-        model = names[0]
-    return load_model(model)
+        (name,) = names
+    return load_model(name)
 
 
 def _prompt(model: LanguageModel, text: str, chat: bool) -> Prompt:
@@ -159,9 +162,7 @@ def _books(rows: Rows, model: LanguageModel, n_layers: int) -> Books:
                  allowed[there].max().item())  # fmt: skip
 
 
-def _scores(
-    rows: Rows, nodes: Sequence[Node], constants: Tensor, starts: Float[Tensor, " n_nodes"]
-) -> Scores:
+def _scores(flow: Flow, through: Float[Tensor, " n_nodes"], nodes: Sequence[Node]) -> Scores:
     errors = torch.tensor([node.kind is Kind.ERROR for node in nodes])
     tokens = torch.tensor([node.kind is Kind.EMBEDDING for node in nodes])
-    return scores(rows.edges, constants, starts, errors=errors, tokens=tokens)
+    return flow_scores(flow, through, errors=errors, tokens=tokens)

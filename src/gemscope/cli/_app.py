@@ -9,6 +9,7 @@ from gemscope.errors import InputError
 from . import (
     _catalog,
     _check,
+    _circuit,
     _cluster,
     _compare,
     _convert,
@@ -72,6 +73,7 @@ app.command("dose")(_dose.dose_command)
 app.command("output-score")(_output_score.output_score_command)
 app.command("intervene")(_intervene.intervene_command)
 app.command("trace")(_trace.trace_command)
+app.command("circuit")(_circuit.circuit_command)
 app.command("graph")(_graph.graph_command)
 app.command("vector")(_vector.vector_command)
 app.command("train")(_train.train_command)

@@ -16,10 +16,9 @@ from ._intervene import intervene as intervene
 from ._intervene_places import Prompt as Prompt
 from ._maxima import load_feature as load_feature
 from ._maxima import maximum_of as maximum_of
-from ._metric import Measure as MetricKind
 from ._metric import Measuring as Measuring
 from ._metric import Metric as Metric
-from ._metric import metric as read_metric
+from ._metric import metric as metric
 from ._metric import rows_that_fit as rows_that_fit
 from ._metric import single_token as single_token
 from ._metric import two_tokens as two_tokens
