@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Other people's trainers, to measure against, in an environment of their own.
 PEER := .venv-peer
+# circuit-tracer wants an older transformers than they do.
+CIRCUITS := .venv-circuits
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench miniature clean
@@ -34,7 +36,7 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP) $(PEER)/.installed  ## measure this machine, beside its peers; prints one record each
+bench: $(STAMP) $(PEER)/.installed $(CIRCUITS)/.installed  ## measure this machine, beside its peers; prints one record each
 	$(BIN)/python benchmarks/run.py
 
 $(PEER)/.installed:
@@ -50,8 +52,14 @@ $(PEER)/.installed:
 	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check matplotlib einops
 	@touch $@
 
+$(CIRCUITS)/.installed:
+	$(PYTHON) -m venv $(CIRCUITS)
+	$(CIRCUITS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  circuit-tracer==0.5.0 torch==2.13.0 nnsight==0.6.3 transformer-lens==3.2.1 transformers==4.57.3
+	@touch $@
+
 miniature: $(STAMP)  ## make the bundled model and its dictionaries from scratch (hours; resumable)
 	$(BIN)/python scripts/miniature/make.py --work build/miniature
 
 clean:  ## remove what setup and runs made
-	rm -rf $(VENV) $(PEER) build reports .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEER) $(CIRCUITS) build reports .pytest_cache .mypy_cache .ruff_cache

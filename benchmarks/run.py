@@ -24,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from circuits import circuits  # noqa: E402
 from explorer import explorer  # noqa: E402
 from gpu import gpu  # noqa: E402
 from index import index, search  # noqa: E402
@@ -259,6 +260,7 @@ THEMES = {
     "wide": wide, "startup": startup, "demo": demo, "dictionary": dictionary, "peer": peer,
     "index": index, "search": search, "step": step, "switch": switch, "many": many,
     "quality": quality, "steering": steering, "explorer": explorer, "store": store, "gpu": gpu,
+    "circuits": circuits,
 }  # fmt: skip
 
 

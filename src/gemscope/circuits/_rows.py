@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ._frozen import Frozen, Start
 from ._graph import Edges
-from ._influence import influence
 from ._sources import Sources
 from ._targets import Aimed
 from ._transcoders import Transcoders
@@ -34,6 +33,16 @@ class Rows:
     """The sum of absolute weights."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """Edges into some nodes of one layer; targets are of the layer after the last."""
+
+    layer: int
+    source: Int[Tensor, " n_edges"]
+    target: Int[Tensor, " n_edges"]
+    weight: Float[Tensor, " n_edges"]
+
+
 class Tracer:
     """Makes rows, batch after batch, and knows how much each source matters by those made."""
 
@@ -46,9 +55,9 @@ class Tracer:
         n = sources.count + len(targets)
         nan = torch.full((n,), float("nan"), dtype=torch.float64)
         self._values, self._sums, self._sizes = nan, nan.clone(), nan.clone()
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._flow = torch.zeros(sources.count, dtype=torch.float64)
-        """Influence of each source over the rows made so far."""
+        self._shared = torch.ones(n, dtype=torch.float64)
+        """Of each row the absolute weights of what depends on the prompt, summed."""
+        self._parts: list[_Part] = []
         self._done = 0
 
     def rows(self, most: int) -> Rows:
@@ -58,12 +67,13 @@ class Tracer:
             row = self._sources.weights(self._frozen.back(one.start), 1)
             row[0, self._sources.bias(self._own_layer(one.start))] += one.bias
             self._keep(row, torch.tensor([place]), torch.tensor([one.target.value]),
-                       torch.tensor([one.target.weight], dtype=torch.float64))  # fmt: skip
-        if len(self._sources.active) <= most:
+                       len(self._frozen.layers))  # fmt: skip
+        if int(self._leading().sum()) <= most:
             self._by_layer()
         else:
             self._by_influence(most)
-        source, target, weight = (torch.cat(column) for column in zip(*self._parts, strict=True))
+        columns = [(part.source, part.target, part.weight) for part in self._parts]
+        source, target, weight = (torch.cat(column) for column in zip(*columns, strict=True))
         return Rows(
             edges=Edges(source, target, weight), values=self._values, sums=self._sums,
             sizes=self._sizes,
@@ -72,26 +82,42 @@ class Tracer:
     def _own_layer(self, start: Start) -> int:
         return min(start.site.layer, len(self._frozen.layers) - 1)
 
+    def _leading(self) -> Bool[Tensor, " n_active"]:
+        """Features that may lead to a target: not those that only what comes after it reads, nor
+        those of the last layer elsewhere than where a target is.
+        """
+        active = self._sources.active
+        layers, positions = active.layers.cpu(), active.positions.cpu()
+        ends = torch.tensor([one.target.position for one in self._targets])
+        last = layers == len(self._frozen.layers) - 1
+        return torch.where(last, torch.isin(positions, ends), positions <= ends.max())
+
     def _by_layer(self) -> None:
         """Every feature, from the last layer down.
 
         Of a layer all influence is known when it is reached, for it comes from later ones: what
         has none leads to no target and is left out.
         """
-        layers = self._sources.active.layers.cpu()
-        total = len(layers)
+        layers, flow, told = self._sources.active.layers.cpu(), self._starts(), 0
+        leading = self._leading()
         for layer in range(len(self._frozen.layers) - 1, -1, -1):
-            mine = (layers == layer).nonzero()[:, 0]
-            wanted = mine[self._flow[mine] > 0]
-            total -= len(mine) - len(wanted)
-            self._trace(layer, wanted, total)
+            for part in self._parts[told:]:
+                self._pass(part, flow)
+            told = len(self._parts)
+            wanted = ((layers == layer) & leading).nonzero()[:, 0]
+            leading[wanted] = flow[wanted] > 0
+            self._trace(layer, wanted[flow[wanted] > 0], int(leading.sum()))
 
     def _by_influence(self, most: int) -> None:
         """The features that matter most by what is known, which is looked at again and again."""
         layers = self._sources.active.layers.cpu()
-        waiting = torch.ones(len(layers), dtype=torch.bool)
-        while (left := most - int((~waiting).sum())) > 0 and bool(waiting.any()):
-            known = self._known()[: len(layers)].masked_fill(~waiting, -1.0)
+        waiting = self._leading()
+        begun = int(waiting.sum())
+        while (left := most - begun + int(waiting.sum())) > 0 and bool(waiting.any()):
+            flow = self._starts()
+            for part in sorted(self._parts, key=lambda part: -part.layer):
+                self._pass(part, flow)
+            known = flow[: len(layers)].masked_fill(~waiting, -1.0)
             best = known.topk(min(left, max(64, most // 16), int(waiting.sum()))).indices
             best = best[known[best] > 0]
             if not len(best):
@@ -100,14 +126,15 @@ class Tracer:
             for layer in layers[best].unique().flip(0).tolist():
                 self._trace(layer, best[layers[best] == layer], most)
 
-    def _known(self) -> Float[Tensor, " n_sources"]:
-        source, target, weight = (torch.cat(column) for column in zip(*self._parts, strict=True))
-        n = len(self._values)
-        starts = torch.zeros(n, dtype=torch.float64)
-        starts[self._sources.count :] = torch.tensor([t.target.weight for t in self._targets])
-        constants = torch.zeros(n, dtype=torch.bool)
-        constants[: self._sources.count] = self._sources.constant.cpu()
-        return influence(Edges(source, target, weight), constants, starts)[: self._sources.count]
+    def _starts(self) -> Float[Tensor, " n_nodes"]:
+        out = torch.zeros(len(self._values), dtype=torch.float64)
+        out[self._sources.count :] = torch.tensor([t.target.weight for t in self._targets])
+        return out
+
+    def _pass(self, part: _Part, flow: Float[Tensor, " n_nodes"]) -> None:
+        """Hand on to sources what has come to the rows of `part`; later layers were before."""
+        each = (flow / self._shared)[part.target] * part.weight.abs()
+        flow += torch.bincount(part.source, each, minlength=len(flow))
 
     def _trace(self, layer: int, wanted: Int[Tensor, " n"], total: int) -> None:
         """Rows of some features of one layer."""
@@ -123,7 +150,7 @@ class Tracer:
             )
             rows = self._sources.weights(self._frozen.back(start), len(mine))
             rows[:, self._sources.bias(layer)] += biases.to(dtype)[inverse]
-            self._keep(rows, some, active.values[mine].cpu(), self._flow[some])
+            self._keep(rows, some, active.values[mine].cpu(), layer)
             self._done += len(some)
             if self._progress is not None:
                 self._progress("features traced", self._done, total)
@@ -135,23 +162,28 @@ class Tracer:
         a, seq = self._sources.active, self._frozen.seq
         positions = a.positions.cpu()[wanted]
         width = max(self._frozen.layers[0].output.shape[0], len(self._frozen.final_gain))
-        size = max(
-            8, min(512, _BATCH_BYTES // (4 * self._frozen.final.element_size() * seq * width))
-        )
+        one = 4 * self._frozen.final.element_size() * seq * width
+        size = max(8, min(512, _BATCH_BYTES // one))
         yield from wanted[positions.argsort(stable=True)].split(size)
 
     def _keep(
         self, rows: Float[Tensor, "n n_sources"], places: Int[Tensor, " n"],
-        values: Float[Tensor, " n"], flow: Float[Tensor, " n"],
+        values: Float[Tensor, " n"], layer: int,
     ) -> None:  # fmt: skip
         self._values[places] = values.double()
         self._sums[places] = rows.sum(1, dtype=torch.float64).cpu()
-        sizes = rows.abs()
-        self._sizes[places] = sizes.sum(1, dtype=torch.float64).cpu()
-        # What depends on the prompt shares out the influence of the node.
-        sizes.masked_fill_(self._sources.constant, 0.0)
-        shares = sizes.double() / sizes.sum(1, dtype=torch.float64, keepdim=True).clamp(min=1e-10)
-        self._flow += (flow.to(shares.device) @ shares).cpu()
         row, source = rows.nonzero(as_tuple=True)
-        weight = rows[row, source].float().cpu()
-        self._parts.append((source.int().cpu(), places.int()[row.cpu()], weight))
+        weight = rows[row, source]
+        sizes = weight.abs().double()
+        self._sizes[places] = _sums(row, sizes, len(rows))
+        # What depends on the prompt shares out the influence of the node.
+        shared = sizes.masked_fill(self._sources.constant[source], 0.0)
+        self._shared[places] = _sums(row, shared, len(rows)).clamp(min=1e-10)
+        self._parts.append(
+            _Part(layer, source.int().cpu(), places.int()[row.cpu()], weight.float().cpu())
+        )
+
+
+def _sums(rows: Int[Tensor, " n_edges"], values: Float[Tensor, " n_edges"], n: int) -> Tensor:
+    """The sum of each row, on the processor."""
+    return torch.bincount(rows, values, minlength=n).cpu()
