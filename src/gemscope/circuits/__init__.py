@@ -1,5 +1,7 @@
 """Circuits: attribution graphs through transcoders, and what is done with them."""
 
+from ._check import check as check
+from ._check import total_effects as total_effects
 from ._exchange import Exported as Exported
 from ._exchange import export_graph as export_graph
 from ._exchange_in import import_graph as import_graph
@@ -29,6 +31,14 @@ from ._groups import propose as propose
 from ._groups import rename as rename
 from ._groups import ungroup as ungroup
 from ._groups import unpin as unpin
+from ._heads import Carried as Carried
+from ._heads import Direct as Direct
+from ._heads import EdgePath as EdgePath
+from ._heads import direct_attribution as direct_attribution
+from ._heads import explain_edge as explain_edge
+from ._heads import head_shares as head_shares
+from ._hold import Held as Held
+from ._hold import Perturbed as Perturbed
 from ._influence import graph_scores as graph_scores
 from ._influence import influence as influence
 from ._influence import pruned as pruned
@@ -39,6 +49,12 @@ from ._memory import Estimate as Estimate
 from ._paths import Path as Path
 from ._paths import strongest_paths as strongest_paths
 from ._picture import draw as draw
+from ._query_key import Attended as Attended
+from ._query_key import Part as Part
+from ._query_key import attribute_attention as attribute_attention
+from ._replay import Probe as Probe
+from ._replay import Replay as Replay
+from ._replay import Write as Write
 from ._sparse_circuit import sparse_circuit as sparse_circuit
 from ._sparse_config import CircuitConfig as CircuitConfig
 from ._sparse_config import CircuitExample as CircuitExample
@@ -56,6 +72,8 @@ from ._sparse_report import prepare_circuit as prepare_circuit
 from ._sparse_report import save_circuit as save_circuit
 from ._sparse_report import shown_spread as shown_spread
 from ._sparse_space import SparseNode as SparseNode
+from ._stability import node_key as node_key
+from ._stability import stability as stability
 from ._trace import trace as trace
 from ._transcoders import Transcoders as Transcoders
 from ._transcoders import transcoder_set as transcoder_set

@@ -23,6 +23,7 @@ from . import (
     _feature,
     _graph,
     _harvest,
+    _heads,
     _index,
     _info,
     _intervene,
@@ -74,6 +75,7 @@ app.command("output-score")(_output_score.output_score_command)
 app.command("intervene")(_intervene.intervene_command)
 app.command("trace")(_trace.trace_command)
 app.command("circuit")(_circuit.circuit_command)
+app.command("heads")(_heads.heads_command)
 app.command("graph")(_graph.graph_command)
 app.command("vector")(_vector.vector_command)
 app.command("train")(_train.train_command)

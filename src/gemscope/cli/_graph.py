@@ -185,6 +185,18 @@ def _print_targets(graph: "Graph") -> None:
     console().print(table)
 
 
+_CHECKS = {
+    "frozen": "edges, all else held",
+    "model": "edges, in the real model",
+    "model_feature": "  from features",
+    "model_error": "  from errors",
+    "model_embedding": "  from tokens",
+    "frozen_nodes": "nodes ablated, frozen model",
+    "model_nodes": "nodes ablated, real model",
+}
+"""What agreement is told of, and in which words."""
+
+
 def _print_nodes(graph: "Graph", top: int) -> None:
     heads = ("node", "at", "influence", "activation", "label")
     order = graph.influence.argsort(descending=True, stable=True).tolist()
@@ -208,15 +220,18 @@ def _print_nodes(graph: "Graph", top: int) -> None:
 
 def _print_claims(graph: "Graph", say: Any) -> None:
     if graph.checked is not None:
-        count = len(graph.checked.get("edges", ())) + len(graph.checked.get("nodes", ()))
-        said = [
-            f"{_agrees(name)}: Pearson {number(one['pearson'], 3)}, same sign "
-            f"{percent(one['same_sign'])} of {one['n']}"
-            for name, one in graph.checked.get("agreement", {}).items()
-        ]
-        say(f"\n{count} claims checked by perturbing the model. " + "; ".join(said))
+        say("\nChecked by perturbing the model, observed beside predicted:")
+        table = _table()
+        for head in ("", "Pearson", "same sign", "of"):
+            table.add_column(head, justify="right" if head else "left", no_wrap=True)
+        agreement = graph.checked.get("agreement", {})
+        for name, said in _CHECKS.items():
+            if one := agreement.get(name):
+                table.add_row(said, number(one["pearson"], 3), percent(one["same_sign"]),
+                              str(one["n"]))  # fmt: skip
+        console().print(table)
     if graph.stability is not None:
-        said = [
+        overlap = [
             f"of {name} {number(one['mean'], 2)}" + (
                 "" if one.get("low") is None else
                 f" ({number(one['low'], 2)} to {number(one.get('high'), 2)})"
@@ -225,12 +240,8 @@ def _print_claims(graph: "Graph", say: Any) -> None:
         ]  # fmt: skip
         say(
             f"\nOver {len(graph.stability.get('prompts', ()))} prompts, the overlap of graphs "
-            f"(Jaccard) is {', '.join(said) or 'not known'}"
+            f"(Jaccard) is {', '.join(overlap) or 'not known'}"
         )
-
-
-def _agrees(name: str) -> str:
-    return {"frozen": "with the rest frozen", "model": "in the whole model"}.get(name, name)
 
 
 def _print_proposed(graph: "Graph", proposed: Any) -> None:

@@ -6,6 +6,7 @@ A new family is a new row. Paths are those of the `transformers` modules below t
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from gemscope.errors import InputError
 
@@ -142,7 +143,7 @@ def _pre_norm(layer: str, norm: str, attention: str, down: str) -> dict[Stream, 
 _LLAMA_BLOCK = _pre_norm(_LAYER, "post_attention_layernorm", "self_attn.o_proj", "down_proj")
 
 
-def _attention(mlp_norm: str) -> dict[str, str]:
+def _attention(mlp_norm: str) -> dict[str, Any]:
     """Where the parts of attention lie that have a matrix each for queries, keys and values."""
     return {
         "attn": f"{_LAYER}.self_attn",

@@ -21,6 +21,9 @@ from ._intervene_places import Prompt, same_length
 from ._parts import Feature
 from ._target import FeatureTarget, Load, order, target
 
+_BYTE_LEVEL = str.maketrans({" ": "Ġ", "\n": "Ċ", "\t": "ĉ"})
+"""How tokenizers over bytes write white space."""
+
 
 class Measure(StrEnum):
     """Kinds of metric."""
@@ -157,7 +160,7 @@ def _token(text: str, tokenizer: Any) -> int | None:
     if len(ids) == 1 and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text:
         return ids[0]
     # A tokenizer may put a space before every text, and would miss a token without one.
-    for form in (text, text.replace(" ", "▁"), text.replace(" ", "Ġ")):
+    for form in (text, text.replace(" ", "▁"), text.translate(_BYTE_LEVEL)):
         found = tokenizer.convert_tokens_to_ids(form)
         if (
             found not in (None, tokenizer.unk_token_id)
