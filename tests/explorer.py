@@ -14,6 +14,7 @@ import pytest
 import uvicorn
 
 from gemscope.explorer import Access, Workbench, create_app, listen
+from gemscope.explorer._serve import configured
 from gemscope.features import Store
 
 CHROMIUM = next(
@@ -21,20 +22,22 @@ CHROMIUM = next(
 )
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
 
-SERVE = [sys.executable, "-m", "gemscope", "serve"]
+GEMSCOPE = [sys.executable, "-m", "gemscope"]
 
 
 class Serving:
-    """`gemscope serve` as a process, with a cache of its own."""
+    """`gemscope serve` as a process, with a cache of its own; or another verb that serves."""
 
-    def __init__(self, *arguments, cache):
+    def __init__(self, *arguments, cache, verb=("serve",)):
         environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            [*SERVE, "--port", "0", *map(str, arguments)], env=environment, text=True,
+            [*GEMSCOPE, *verb, "--port", "0", *map(str, arguments)], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        line = self.process.stdout.readline()
+        self.said = []
+        while (line := self.process.stdout.readline()) and not line.startswith("gemscope explorer"):
+            self.said.append(line)
         self.address = line.removeprefix("gemscope explorer: ").partition("/  (")[0]
         assert self.address.startswith("http"), line + self.process.stderr.read()
 
@@ -52,7 +55,7 @@ def served(*stores, access=None, **options):
     opened = [s if isinstance(s, Store) else Store.open(s) for s in stores]
     listening = listen("127.0.0.1", 0)
     app = create_app(Workbench(opened, **options), access or Access())
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server = uvicorn.Server(configured(app))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
@@ -108,6 +111,7 @@ def pages_of(addresses):
         "map": f"/map/{one}",
         "compare": f"/compare?sae={one}",
         "steer": f"/steer?feature={other}/3&prompt=def",
+        "graphs": f"/graphs?prompt={text}",
         "scope": "/scope",
         "first": "/",
     }

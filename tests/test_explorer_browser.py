@@ -8,7 +8,7 @@ from explorer import browser_page, needs_browser, pages_of, served
 from gemscope.features import Explanation, Note, Store
 
 pytestmark = [pytest.mark.slow, needs_browser]
-PAGES = ("microscope", "feature", "search", "map", "compare", "steer", "scope", "first")
+PAGES = ("microscope", "feature", "search", "map", "compare", "steer", "graphs", "scope", "first")
 _ATTACK = '"><img src=x onerror="window.hit=1"><script>window.hit=1</script>'
 
 

@@ -1,6 +1,7 @@
 """The page of a feature: its record, notes, the text box, and hostile text in all of it."""
 
 import json
+import time
 from html.parser import HTMLParser
 from math import isclose
 
@@ -364,7 +365,39 @@ def test_what_is_kept_is_what_the_store_says(small_store, indexed):
     for address, i in keys:
         assert kept.feature(address, i) == store.feature(address, i)
         assert kept.explanations(address, i) == store.explanations(address, i)
+        assert kept.contexts(address, i) == store.contexts(address, i)
+        ids = store.text(address).ids[:300].tolist()
+        assert kept.pieces(address)(ids) == kept.pieces(address)(ids) == store.pieces(address)(ids)
     assert kept.directions(indexed[1]) == pytest.approx(store.directions(indexed[1]))
+
+
+def test_split_characters_are_remembered_as_they_are(miniature):
+    known = features.KnownPieces(miniature.tokenizer)
+    for text in ("def f(x):", "字 😀 字", "x = '\u202e'", "字"):
+        ids = miniature.tokenizer(text)["input_ids"]
+        for given in (ids, ids[::-1], [*ids, 10**6, *ids]):
+            want = features.token_pieces(miniature.tokenizer, given)
+            assert known(given) == known(given) == want
+
+
+def test_what_another_process_writes_is_seen_a_moment_later(own_store, indexed):
+    from gemscope.explorer._feature_record import record
+    from gemscope.explorer._feature_store import KeptStore
+
+    kept, other = KeptStore(Store.open(own_store)), Store.open(own_store)
+    assert record(kept, indexed[0], 3)["notes"] == []
+    note = features.Note(dictionary=indexed[0], feature=3, text="of somebody else")
+    other.add_notes([note])
+    said = Explanation(dictionary=indexed[0], feature=4, text="a rule", method="rule", author="-")
+    other.add_explanations([said])
+    until = time.monotonic() + 10
+    while not record(kept, indexed[0], 3)["notes"] and time.monotonic() < until:
+        time.sleep(0.1)
+    assert [n["text"] for n in record(kept, indexed[0], 3)["notes"]] == ["of somebody else"]
+    assert [e["text"] for e in record(kept, indexed[0], 4)["explanations"]] == ["a rule"]
+    # What is written through the server's own store is there at once.
+    kept.add_notes([features.Note(dictionary=indexed[0], feature=3, text="mine")])
+    assert len(record(kept, indexed[0], 3)["notes"]) == 2
 
 
 def test_the_threshold_is_drawn_where_it_is():

@@ -152,3 +152,20 @@ def makers(cache):
             if "gemscope.explorer._first" in words and str(cache) in " ".join(words):
                 found.append(int(folder))
     return found
+
+
+@pytest.mark.slow
+def test_the_demo_can_be_looked_at(tmp_path):
+    out = tmp_path / "reports"
+    demo = ("demo", "--tokens", "600", "--out", str(out), "--serve")
+    serving = explorer.Serving(cache=tmp_path / "cache", verb=demo)
+    try:
+        (page,) = out.glob("*/report.html")
+        assert any(f"gemscope serve {page.parent / 'catalog'}" in line for line in serving.said)
+        assert read(serving.address)[0] == 200
+        address = "miniature/transcoder_all/layer_2_width_192_l0_small_affine"
+        assert "Steer with this" in read(serving.address, f"/feature/{address}/3")[1]
+    finally:
+        code, err, _ = serving.stop()
+    assert code in (0, 130)
+    assert "Traceback" not in err

@@ -74,6 +74,32 @@ def test_it_is_made_once_and_kept(client, record, store, indexed):
     assert json.loads(file.read_bytes()) == json.loads(whole)
 
 
+def test_the_page_of_a_feature_shows_its_cluster(client, record, indexed):
+    one = next(c for c in record["clusters"] if c["size"] > 2)
+    feature, others = one["members"][0], one["members"][1:7]
+    found = client.get(f"/api/feature/{indexed[0]}/{feature}").json()["clusters"][0]
+    assert {k: found[k] for k in ("on", "id", "name", "size", "cohesion")} == {
+        "on": "together", **{k: one[k] for k in ("id", "name", "size", "cohesion")}
+    }  # fmt: skip
+    assert [m["feature"] for m in found["members"]] == others
+    page = client.get(f"/feature/{indexed[0]}/{feature}").text
+    assert f'href="/map/{indexed[0]}?on=together&amp;cluster={one["id"]}"' in page
+    assert f'href="/feature/{indexed[0]}/{others[0]}"' in page
+    alone = next(c["members"][0] for c in record["clusters"] if c["size"] == 1)
+    assert client.get(f"/api/feature/{indexed[0]}/{alone}").json()["clusters"] == []
+
+
+def test_a_damaged_map_is_no_cluster(own_store, indexed):
+    run = Store.open(own_store).dictionary(indexed[0])["run"]
+    with TestClient(create_app(Workbench([Store.open(own_store)])), base_url=HOST) as client:
+        for kept in ("", "{", "[]", json.dumps({"dictionary": indexed[0], "map": []})):
+            (own_store / "maps").mkdir(exist_ok=True)
+            (own_store / "maps" / f"{run}-together.json").write_text(kept)
+            answer = client.get(f"/api/feature/{indexed[0]}/3")
+            assert answer.status_code == 200
+            assert answer.json()["clusters"] == []
+
+
 def test_the_page_waits_and_then_shows_the_map(client, record, indexed):
     url = f"/map/{indexed[1]}?on=directions"
     first = client.get(url)

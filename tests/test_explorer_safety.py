@@ -164,6 +164,38 @@ def test_large_requests_are_refused(local):
         assert stream.recv(100).split()[1] in (b"413", b"404", b"405")
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/scope?q=" + "x" * Limits().body, {}, 414),
+        ("/scope", {"X-Long": "x" * 70_000}, 431),
+        ("/scope?q=" + "x" * 2**20, {}, 431),
+        ("/scope", {"X-Long": "x" * 2**20}, 431),
+    ],
+)  # fmt: skip
+def test_what_is_too_long_is_told_so(local, path, headers, status):
+    for _ in range(3):  # with bytes unread an answer may be lost, and may not
+        said = asked(local, path, headers=headers)
+        assert said[0] == status
+        assert "bytes" in said[2]
+        assert "refused" in said[2]
+
+
+def test_what_is_no_request_is_told_so(local):
+    where = urlsplit(local)
+    with socket.create_connection((where.hostname, where.port), timeout=30) as stream:
+        stream.sendall(b"good day\r\n\r\n" + b"x" * 200_000)
+        said = b"".join(iter(lambda: stream.recv(65_536), b""))
+    assert said.startswith(b"HTTP/1.1 400")
+    assert b"this is no HTTP request" in said
+
+
+def test_a_text_as_long_as_is_read_fits_an_address(local):
+    status, _, body = asked(local, f"/api/look?text={quote('字' * Limits().characters)}")
+    assert status == 422
+    assert "tokens" in body
+
+
 def guarded(answer, access=Access(), body=1_000):
     """A client of an app behind the guard."""
     return TestClient(Guard(answer, access, body), base_url="http://localhost")

@@ -56,13 +56,22 @@ def _spread(entries: "Sequence[Entry]") -> "list[Entry]":
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("reports"),
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, at most.")] = _TOKENS,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Then show it in the explorer, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(help="Port of the explorer; 0 takes a free one.", min=0, max=65535)
+    ] = 8421,
 ) -> None:
     """Evaluate the bundled dictionaries, offline, and look at one."""
-    from gemscope import features, hub
+    from gemscope import explorer, features, hub
     from gemscope.evaluate import Settings
 
-    from . import _eval, _look
+    from . import _eval, _look, _serve
 
+    if serve:
+        # A port that is taken is told now rather than after minutes.
+        explorer.listen("127.0.0.1", port).close()
     began = time.monotonic()
     to = console()
     bundled = hub.catalog(release="miniature")
@@ -92,11 +101,14 @@ def demo(
         f"\nThe report: {page} (open it in a browser)\n"
         f"Next: gemscope search {store} 'string or comment'\n"
         f"      gemscope feature {store} {_INDEXED}/0\n"
-        f"      gemscope serve {store}\n"
         f"      gemscope look 'import os' --sae {chosen.address}\n"
-        f"      gemscope eval 'miniature/*'\n      gemscope list miniature\n[dim]{time.monotonic() - began:.0f} seconds[/dim]",
+        f"      gemscope eval 'miniature/*'\n      gemscope list miniature\n"
+        f"      gemscope serve {store} --reports {page.parent}   # as gemscope demo --serve does\n"
+        f"[dim]{time.monotonic() - began:.0f} seconds[/dim]",
         soft_wrap=True,
     )
+    if serve:
+        _serve.serve_command([store], reports=page.parent, port=port)
 
 
 def _telling(folder: Path) -> None:

@@ -14,7 +14,7 @@ _SHORTEST = 16
 
 
 def serve_command(
-    stores: Annotated[list[Path] | None, typer.Argument(metavar="[STORE]...", help="Catalog stores; default: one of the miniature, made on first use.")] = None,
+    stores: Annotated[list[Path] | None, typer.Argument(metavar="[STORE|GRAPH]...", help="Catalog stores, and graphs that `gemscope trace` wrote; default: a store of the miniature, made on first use.")] = None,
     model: Annotated[str | None, typer.Option(help="Model that texts are run on; default: that of the first dictionary.")] = None,
     reports: Annotated[Path | None, typer.Option(help="Folder with reports of `gemscope eval`, for the scope page.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; any but this machine's own needs --token.")] = "127.0.0.1",

@@ -16,20 +16,20 @@ from starlette.staticfiles import StaticFiles
 from gemscope import __version__
 from gemscope.errors import InputError
 
-from . import _compare, _feature, _map, _microscope, _scope, _search, _steer
+from . import _compare, _feature, _graph, _map, _microscope, _scope, _search, _steer
 from ._render import making_of, page
 from ._security import Access, Guard
 from ._workbench import Workbench
-from ._worker import Busy, Cancelled, Worker
+from ._worker import Busy, Cancelled, Worker, leave_a_core
 
 STATIC = Path(__file__).parent / "static"
-PARTS = (_microscope, _feature, _search, _map, _compare, _steer, _scope)
+PARTS = (_microscope, _feature, _search, _map, _compare, _steer, _graph, _scope)
 """One file a page: `router(bench, worker)` with the page and its JSON twin."""
 
 
 def create_app(bench: Workbench, access: Access = Access()) -> FastAPI:
     """The explorer of what `bench` has, for readers that `access` lets in."""
-    worker = Worker(bench.limits)
+    worker = Worker(bench.limits, leave_a_core)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -166,7 +166,7 @@ def _documents(activations: Activations, name: str) -> np.ndarray:
 def _with_model(
     bench: Workbench, store: Store, asked: Asked, sources: list[Source], job: Job, stop: Event
 ) -> Made:
-    model = bench.model(store.dictionary(asked.address)["loaded_model"])
+    model = bench.model_of([asked.address])
     sae = bench.dictionary(asked.address).to(model.device)
     model.check(sae)
     with relate.collected(

@@ -16,6 +16,7 @@ from gemscope.errors import InputError
 from gemscope.features import Note, write_card
 
 from . import _feature_draw as draw
+from ._feature_clusters import Clusters
 from ._feature_live import Live
 from ._feature_record import at_random, layers, noted, record, write_note
 from ._feature_store import KeptStore
@@ -45,6 +46,7 @@ class Features:
 
     def __init__(self, bench: Workbench, worker: Worker):
         self.bench, self.worker, self.live = bench, worker, Live(bench)
+        self.clusters = Clusters()
         self._stores: dict[str, KeptStore] = {}
 
     def store(self, address: str) -> KeptStore:
@@ -57,7 +59,9 @@ class Features:
 
     def record(self, address: str, index: int) -> dict[str, Any]:
         """Everything of a feature."""
-        return record(self.store(address), address, index)
+        store = self.store(address)
+        found = record(store, address, index)
+        return found | {"clusters": self.clusters.of(store, address, index)}
 
     async def read(self, address: str, index: int, text: str) -> dict[str, Any]:
         """A text through the feature's column."""

@@ -6,6 +6,8 @@ from itertools import groupby
 from math import floor, log2
 from typing import Any
 
+from markupsafe import Markup, escape
+
 from gemscope.features import shade, shown
 
 WIDTH, HEIGHT = 320, 64
@@ -155,10 +157,35 @@ def live_pieces(tokens: Sequence[str], values: Sequence[float], maximum: float) 
     return _joined(marks, maximum or top, True)
 
 
+def run(found: Sequence[Piece]) -> Markup:
+    """Pieces one after the other, coloured where the feature fires: hundreds on a page, in a third
+    of the time that a template takes.
+    """
+    out: list[str] = []
+    for piece in found:
+        text = escape(piece.text)
+        if piece.value <= 0 and not piece.peak:
+            out.append(text)
+            continue
+        said = ""
+        if piece.value > 0:
+            fire = f"background: rgba(var(--fire), {piece.opacity:.2f})"
+            said = f' data-v="{piece.value:.3g}" style="{fire}"'
+        kind, index = ("f peak", 0) if piece.peak else ("f", -1)
+        out.append(f'<span class="{kind}" tabindex="{index}"{said}>{text}</span>')
+    return Markup("".join(out))  # noqa: S704 (each text is escaped above)
+
+
 def excerpt(context: Mapping[str, Any]) -> str:
     """The text of a context around its peak, as it is in the document."""
     first = max(1, context["position"] - 32)
     return "".join(context["tokens"][first : context["position"] + 17])
+
+
+def until(context: Mapping[str, Any]) -> str:
+    """The text of a context up to its peak, which is the last token."""
+    first = max(1, context["position"] - 32)
+    return "".join(context["tokens"][first : context["position"] + 1])
 
 
 def _joined(marks: Sequence[tuple[str, float, bool]], maximum: float, breaks: bool) -> list[Piece]:

@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from gemscope import hub
 from gemscope.errors import InputError
 from gemscope.features import token_pieces
 from gemscope.steering import feature
@@ -11,7 +10,6 @@ from gemscope.steering import feature
 from ._workbench import Workbench
 
 if TYPE_CHECKING:
-    from gemscope.lm import LanguageModel
     from gemscope.steering import Feature
 
 _KEPT = 64
@@ -31,7 +29,7 @@ class Live:
         """
         import torch
 
-        part, model = self._part(address, index), self._model(address)
+        part, model = self._part(address, index), self._bench.model_of([address])
         with torch.no_grad():
             batch = model.tokens(text)
             ids = batch.ids[0].tolist()
@@ -62,11 +60,3 @@ class Live:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(key)
         return self._parts[key]
-
-    def _model(self, address: str) -> "LanguageModel":
-        """The dictionary's model: the one the workbench runs if that is it."""
-        known = self._bench.store_of(address).dictionary(address)
-        asked = hub.model_source(self._bench.model_name)
-        if asked in (hub.model_source(known["loaded_model"]), known["loaded_model"]):
-            return self._bench.model()
-        return self._bench.model(known["loaded_model"])

@@ -32,7 +32,7 @@ def record(store: KeptStore, address: str, feature: int) -> dict[str, Any]:
     `dead` or `dense`.
     """
     with store.one_look():
-        return _record(store, address, feature)
+        return store.remembered(address, feature, lambda: _record(store, address, feature))
 
 
 def _record(store: KeptStore, address: str, feature: int) -> dict[str, Any]:

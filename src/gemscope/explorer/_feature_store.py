@@ -1,24 +1,37 @@
 """A catalog store read for one feature after the other: what they share is kept in memory.
 
-A query of a table costs as much as all else of a page, so rows are taken by where they are, and
-that is remembered until the table has a new version.
+A query of a table costs as much as all else of a page, and each call of it hands the interpreter
+to another thread and back, which takes far longer beside a model at work. So rows are taken by
+where they are, that is remembered until the table has a new version, and whether it has one is
+asked once in a while.
 """
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gemscope.features import Explanation, Note, Store, Text
+from gemscope.features import Explanation, KnownPieces, Note, Store, Text, in_order, quoted
 
 _DIRECTIONS = 2**30
 """Bytes of decoder rows that are kept."""
 _OWNER = {"features": "run", "explanations": "dictionary"}
-"""The column that says which dictionary a row belongs to."""
+"""The column that says which dictionary a row belongs to, of tables whose rows are taken by place;
+contexts are too many for that, and are asked for.
+"""
+_FRESH = 0.3
+"""Seconds for which a table is taken to be as it was; what is written here is seen at once."""
+_RECORDS = 64
+"""Features whose records are kept, for a page back, another view or a file."""
+_TOGETHER, _BLOCKS = 16, 128
+"""Features whose rows are taken at once, which takes as long as one's: readers go from one to the
+next; and how many such blocks are kept.
+"""
 
 Key = tuple[str, int]
 
@@ -34,9 +47,9 @@ class _Places:
     ids: np.ndarray
 
     @classmethod
-    def of(cls, table: Any, owner: str) -> "_Places":
+    def of(cls, table: Any, version: int, owner: str) -> "_Places":
         asked = table.search().select([owner, "feature"]).with_row_id(True).limit(2**31 - 1)
-        version, rows = table.version, asked.to_arrow()
+        rows = asked.to_arrow()
         names = rows[owner].combine_chunks().dictionary_encode()
         codes = names.indices.to_numpy().astype(np.int64)
         keys = (codes << 32) + rows["feature"].to_numpy()
@@ -53,33 +66,19 @@ class _Places:
         return sorted(np.concatenate(found).tolist()) if found else []
 
 
-class _Tokenizer:
-    """Remembers the text of each token decoded by itself, which is nearly all of decoding."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer, self._size = tokenizer, len(tokenizer)
-        self._known: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return self._size
-
-    def decode(self, ids: Sequence[int], **options: Any) -> str:
-        if len(ids) != 1:
-            return self._tokenizer.decode(ids, **options)
-        found = self._known.get(ids[0])
-        if found is None:
-            found = self._known[ids[0]] = self._tokenizer.decode(ids, **options)
-        return found
-
-
 class KeptStore(Store):
     """The store in the folder of another one, for a server: several threads may read it."""
 
     def __init__(self, store: Store):
         super().__init__(store.folder)
         self._lock = threading.RLock()
+        self._looked: dict[str, tuple[float, int]] = {}
+        """When each table was looked at, and its version then."""
         self._places: dict[str, _Places] = {}
-        self._tokenizers: dict[str, _Tokenizer] = {}
+        self._empty: dict[str, Any] = {}
+        self._blocks: OrderedDict[tuple[str, int, str, int], Any] = OrderedDict()
+        self._records: OrderedDict[tuple[Any, ...], dict[str, Any]] = OrderedDict()
+        self._pieces: dict[str, KnownPieces] = {}
         self._texts: dict[str, Text] = {}
         self._said: tuple[int, dict[Key, list[Note]]] | None = None
         self._units: OrderedDict[str, np.ndarray] = OrderedDict()
@@ -95,14 +94,47 @@ class KeptStore(Store):
             self._now.tables = self._now.known = None
 
     def table(self, name: str) -> Any:
-        """A table as it is now; while it is locked it stays so."""
+        """A table as it was a moment ago; while it is locked it stays so."""
         looked = getattr(self._now, "tables", None)
         with self._lock:
-            if looked is not None and name in looked:
-                return self._tables[name]
-            found = super().table(name)
+            known = self._looked.get(name)
+            fresh = known is not None and time.monotonic() - known[0] < _FRESH
+            if fresh or (known is not None and looked is not None and name in looked):
+                found = self._tables[name]
+            else:
+                found = super().table(name)
+                self._looked[name] = (time.monotonic(), found.version)
         if looked is not None:
             looked.add(name)
+        return found
+
+    def _version(self, name: str) -> int:
+        with self._lock:
+            self.table(name)
+            return self._looked[name][1]
+
+    def _merge(self, name: str, rows: list[dict[str, Any]], *, update: bool = True) -> None:
+        with self._lock:
+            super()._merge(name, rows, update=update)
+            self._looked.pop(name, None)
+
+    def remembered(
+        self, address: str, feature: int, make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The record that `make` makes of a feature, while no table it is made of has changed; what
+        is given out is not to be changed either.
+        """
+        versions = (self._version(n) for n in ("contexts", "dictionaries", "notes", *_OWNER))
+        key = (address, feature, *versions)
+        with self._lock:
+            found = self._records.get(key)
+        if found is None:
+            found = make()
+        with self._lock:
+            self._records[key] = found
+            self._records.move_to_end(key)
+            while len(self._records) > _RECORDS:
+                self._records.popitem(last=False)
         return found
 
     def _dictionaries(self) -> dict[str, dict[str, Any]]:
@@ -117,7 +149,7 @@ class KeptStore(Store):
     def feature(self, address: str, feature: int) -> dict[str, Any]:
         """The row of one feature."""
         self.check_feature(address, feature)
-        found = self._taken("features", [(self.dictionary(address)["run"], feature)])
+        found = self._rows_of("features", self.dictionary(address)["run"], feature)
         left_out = {"run", "words", "promotes", "_rowid"} & set(found.column_names)
         return found.drop_columns(sorted(left_out)).to_pylist()[0]
 
@@ -128,12 +160,19 @@ class KeptStore(Store):
             self._texts[key] = super().text(address)
         return self._texts[key]
 
-    def tokenizer(self, address: str) -> Any:
-        """The tokenizer of a dictionary's model, as far as `token_pieces` needs it."""
+    def pieces(self, address: str) -> KnownPieces:
+        """What gives the text of each token of a dictionary's model."""
         name = self.dictionary(address)["loaded_model"]
-        if name not in self._tokenizers:
-            self._tokenizers[name] = _Tokenizer(super().tokenizer(address))
-        return self._tokenizers[name]
+        if name not in self._pieces:
+            self._pieces[name] = KnownPieces(self.tokenizer(address))
+        return self._pieces[name]
+
+    def contexts(self, address: str, feature: int | None = None) -> list[dict[str, Any]]:
+        """Contexts of one feature or of all, by feature, group and rank."""
+        if feature is None:
+            return super().contexts(address)
+        self.check_feature(address, feature)
+        return in_order(self._rows_of("contexts", self.dictionary(address)["run"], feature))
 
     def explanations(
         self, address: str | None = None, feature: int | None = None
@@ -141,7 +180,7 @@ class KeptStore(Store):
         """Explanations, the best scored of a feature first."""
         if address is None or feature is None:
             return super().explanations(address, feature)
-        rows = self._taken("explanations", [(address, feature)]).to_pylist()
+        rows = self._rows_of("explanations", address, feature).to_pylist()
         found = [Explanation.of(row) for row in rows]
         return sorted(found, key=lambda e: (-(e.score or 0.0), e.method, e.text))
 
@@ -153,7 +192,7 @@ class KeptStore(Store):
 
     def _all_notes(self) -> dict[Key, list[Note]]:
         with self._lock:
-            version = self.table("notes").version
+            version = self._version("notes")
             if self._said is None or self._said[0] != version:
                 by_feature: dict[Key, list[Note]] = {}
                 for note in super().notes():
@@ -185,16 +224,40 @@ class KeptStore(Store):
             self._units.move_to_end(run)
             return self._units[run]
 
+    def _rows_of(self, name: str, owner: str, feature: int) -> Any:
+        """The rows of one feature, from a block of its neighbours' too."""
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+        with self._lock:
+            block = feature // _TOGETHER
+            key = (name, self._version(name), owner, block)
+            if key not in self._blocks:
+                numbers = range(block * _TOGETHER, (block + 1) * _TOGETHER)
+                if name in _OWNER:
+                    self._blocks[key] = self._taken(name, [(owner, n) for n in numbers])
+                else:
+                    self._blocks[key] = self.rows(
+                        name, f"run = {quoted(owner)} AND feature >= {numbers.start} "
+                        f"AND feature < {numbers.stop}"
+                    )  # fmt: skip
+                while len(self._blocks) > _BLOCKS:
+                    self._blocks.popitem(last=False)
+            self._blocks.move_to_end(key)
+            found = self._blocks[key]
+        return found.filter(pc.equal(found["feature"], feature))
+
     def _taken(self, name: str, wanted: Sequence[Key], columns: Sequence[str] | None = None) -> Any:
         """The rows of some features, taken from where they are."""
         with self._lock:
-            table = self.table(name)
+            table, version = self.table(name), self._version(name)
             known = self._places.get(name)
-            if known is None or known.version != table.version:
-                known = self._places[name] = _Places.of(table, _OWNER[name])
+            if known is None or known.version != version:
+                known = self._places[name] = _Places.of(table, version, _OWNER[name])
             ids = known.find(wanted)
             if not ids:
-                return table.search().where("false").limit(1).to_arrow()
+                if name not in self._empty:
+                    self._empty[name] = table.schema.empty_table()
+                return self._empty[name]
             asked = table.take_row_ids(ids)
             return (asked if columns is None else asked.select(list(columns))).to_arrow()
 

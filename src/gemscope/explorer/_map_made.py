@@ -29,6 +29,7 @@ from ._workbench import Workbench
 from ._worker import Busy
 
 On = Literal["together", "directions"]
+KINDS: tuple[On, ...] = ("together", "directions")
 Record = dict[str, Any]
 
 _KEPT = 8
@@ -97,8 +98,8 @@ class Maps:
                 return State("ready", 0.0, self._ready[key])
             begun = self._begun.get(key)
         if begun is None:
-            file = store.folder / "maps" / f"{key[0]}-{on}.json"
-            if (record := _read(file, address)) is not None:
+            file = file_of(store, key[0], on)
+            if (record := read(file, address)) is not None:
                 return State("ready", 0.0, self._keep(key, record))
             begun = self._begin(key, store, address, on, file)
         since, future = begun
@@ -164,7 +165,12 @@ class Maps:
         return record
 
 
-def _read(file: Path, address: str) -> Record | None:
+def file_of(store: Store, run: str, on: On) -> Path:
+    """Where the map of a run is kept."""
+    return store.folder / "maps" / f"{run}-{on}.json"
+
+
+def read(file: Path, address: str) -> Record | None:
     """What was kept; nothing where it is not whole or of something else."""
     try:
         found = json.loads(file.read_bytes())

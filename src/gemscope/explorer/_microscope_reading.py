@@ -9,7 +9,7 @@ import numpy as np
 
 from gemscope import hub
 from gemscope.errors import InputError
-from gemscope.features import Store, described, token_pieces
+from gemscope.features import Store, described, masked, token_pieces
 from gemscope.sites import each, parse_sites
 
 from ._workbench import Workbench
@@ -64,7 +64,7 @@ class Readings:
         """The reading of `text` by `addresses`, which are of one model."""
         self._bench.limits.check_text(text)
         chosen = tuple(dict.fromkeys(addresses))
-        model = model_of(self._bench, chosen)
+        model = self._bench.model_of(chosen)
         key = (model.name or "", text, chosen)
         if key not in self._kept:
             self._kept[key] = self._pass(model, text, chosen)
@@ -75,8 +75,6 @@ class Readings:
 
     def _pass(self, model: "LanguageModel", text: str, addresses: Sequence[str]) -> Reading:
         import torch
-
-        from gemscope.sae import SparseFeatures
 
         batch = model.tokens(text)
         n_tokens, most = batch.ids.shape[1], self._bench.limits.tokens
@@ -91,49 +89,10 @@ class Readings:
             counts = batch.counts[0]
             for address, sae in saes.items():
                 found = sae.encode(run[sae.reads][0].float())
-                keep = counts.to(found.indices.device)[found.rows]
-                codes[address] = SparseFeatures.from_entries(
-                    found.rows[keep].cpu(), found.indices[keep].long().cpu(),
-                    found.values[keep].cpu(), n_tokens, sae.d_sae,
-                )  # fmt: skip
+                codes[address] = masked(found, counts).to("cpu")
         ids = batch.ids[0].tolist()
         tokens = [model.tokenizer.decode([i]) for i in ids]
         return Reading(tokens, token_pieces(model.tokenizer, ids), counts.tolist(), codes)
-
-
-def model_of(bench: Workbench, addresses: Iterable[str]) -> "LanguageModel":
-    """The one model of some dictionaries, or the one that the server was told to run."""
-    known = bench.known()
-    names = {facts_of(bench, a)["model"]: hub.model_source(facts_of(bench, a)["model"])
-             for a in addresses}  # fmt: skip
-    if len(set(names.values())) > 1:
-        raise InputError(
-            f"the dictionaries are of different models, {', '.join(sorted(names))}; choose those "
-            "of one"
-        )
-    of_stores = {
-        hub.model_source(name): f.get("loaded_model", f["model"])
-        for f in known.values() for name in (f["model"], f.get("loaded_model", f["model"]))
-    }  # fmt: skip
-    if known and hub.model_source(bench.model_name) not in of_stores:
-        # Told to run another one, such as a copy in a folder.
-        return bench.model()
-    (source,) = set(names.values())
-    if source in of_stores:
-        return bench.model(of_stores[source])
-    return bench.model("miniature" if source == hub.model_source("miniature") else None)
-
-
-def facts_of(bench: Workbench, address: str) -> dict[str, Any]:
-    """What a dictionary is: one that is indexed, or in the catalog with its files here."""
-    known = bench.known()
-    if address in known:
-        return known[address] | {"indexed": True}
-    entry = bench.entry(address)
-    return {
-        "address": address, "kind": entry.kind, "model": entry.model, "reads": str(entry.reads),
-        "d_sae": entry.d_sae, "indexed": False,
-    }  # fmt: skip
 
 
 def chosen_of(bench: Workbench, addresses: Sequence[str]) -> list[str]:
@@ -145,7 +104,7 @@ def chosen_of(bench: Workbench, addresses: Sequence[str]) -> list[str]:
             "once; choose fewer"
         )
     for address in chosen:
-        facts_of(bench, address)
+        bench.facts(address)
     return chosen
 
 
@@ -212,7 +171,7 @@ def record(
         layers = layers_of(bench, address)
         parts.append(
             {
-                **{k: facts_of(bench, address)[k] for k in ("address", "reads", "d_sae")},
+                **{k: bench.facts(address)[k] for k in ("address", "reads", "d_sae")},
                 "l0": reading.codes[address].counts.tolist(),
                 "features": [
                     [entry(address, f, v, figures, said, layers) for f, v in pairs]

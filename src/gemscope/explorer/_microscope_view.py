@@ -18,7 +18,6 @@ from ._microscope_reading import (
     chosen_of,
     default,
     entry,
-    facts_of,
     figures_of,
     fired,
     layers_of,
@@ -114,7 +113,7 @@ def _colouring(bench: Workbench, name: str) -> Key | None:
     if not name:
         return None
     address, feature = hub.feature_of(name)
-    d_sae = facts_of(bench, address)["d_sae"]
+    d_sae = bench.facts(address)["d_sae"]
     if feature >= d_sae:
         raise InputError(f"no feature {feature}: {address} has 0 to {d_sae - 1}")
     return address, feature
@@ -180,7 +179,7 @@ def _layers(
     """The strongest feature of the token in each layer of each dictionary, from below."""
     rows: list[dict[str, Any]] = []
     for address in chosen:
-        reads = each(parse_sites(facts_of(bench, address)["reads"]))
+        reads = each(parse_sites(bench.facts(address)["reads"]))
         best: dict[int, tuple[int, float]] = {}
         own = seen.layers[address]
         for feature, value in seen.fired[address][lock]:
@@ -261,7 +260,7 @@ def choices(bench: Workbench) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     """Dictionaries by stream and site to choose from; and sets of one a layer."""
     known = list(bench.known().values())
     if not known:
-        known = [facts_of(bench, default(bench))]
+        known = [bench.facts(default(bench))]
     streams: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for facts in known:
         sites = parse_sites(facts["reads"])

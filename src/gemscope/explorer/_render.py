@@ -14,6 +14,8 @@ from starlette.responses import HTMLResponse
 from gemscope import __version__
 from gemscope.features import marked, shade, shown
 
+from ._feature_draw import run
+
 LANGUAGES = {"en": "English", "zh": "中文"}
 
 
@@ -78,7 +80,7 @@ def environment() -> Environment:
     )
     made.globals |= {
         "feature_url": feature_url, "link": link, "short": short, "shade": shade, "shown": shown,
-        "marked": marked, "version": __version__, "languages": LANGUAGES,
+        "marked": marked, "run": run, "version": __version__, "languages": LANGUAGES,
     }  # fmt: skip
     return made
 

@@ -123,10 +123,7 @@ def _on_text(
         (store, among, d) for store, among in shares for d in store.dictionaries()
         if not among.addresses or d["address"] in among.addresses
     ]  # fmt: skip
-    models = sorted({d["loaded_model"] for _, _, d in known})
-    if len(models) != 1:
-        raise InputError(f"these dictionaries belong to {len(models)} models; choose one with in")
-    model = bench.model(models[0])
+    model = bench.model_of(d["address"] for _, _, d in known)
     if (n := len(model.tokens([asked.query]).ids[0])) > bench.limits.tokens:
         raise InputError(f"the text has {n:,} tokens, and {bench.limits.tokens:,} are read; cut it")
     parts = []

@@ -31,6 +31,8 @@ _HEADERS = {
 }
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _COOKIE = "gemscope"
+_HEADERS_BYTES = 2**16
+"""Of all headers of a request."""
 _LEAVING = 10.0
 """Seconds that work of a reader who left has to come to its end."""
 
@@ -47,7 +49,7 @@ class Access:
 
 
 class Guard:
-    """Checks host, origin, token and size before anything else sees a request, and sets headers.
+    """Checks size, host, origin and token before anything else sees a request, and sets headers.
 
     When the reader leaves, what answers is cancelled.
     """
@@ -81,6 +83,8 @@ class Guard:
     def _instead(self, scope: Scope) -> Response | None:
         """What a request gets that may not reach the pages."""
         headers = Headers(scope=scope)
+        if refusal := self._too_long(scope):
+            return PlainTextResponse(refusal[1] + "\n", refusal[0])
         asked = scope["query_string"].decode("latin-1")
         given = parse_qs(asked).get("token", [])
         if refusal := self._refusal(scope["method"], headers, given):
@@ -93,6 +97,14 @@ class Guard:
             kept = RedirectResponse(f"{path}?{urlencode(rest)}" if rest else path, 303)
             kept.set_cookie(_COOKIE, self._access.token, httponly=True, samesite="strict")
             return kept
+        return None
+
+    def _too_long(self, scope: Scope) -> tuple[int, str] | None:
+        address = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if address > self._body:
+            return 414, f"an address of more than {self._body:,} bytes is refused; cut the text"
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEADERS_BYTES:
+            return 431, f"headers of more than {_HEADERS_BYTES:,} bytes are refused"
         return None
 
     def _refusal(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from filelock import FileLock
 
 from gemscope.errors import InputError
@@ -17,10 +18,12 @@ from gemscope.features import Store
 from ._app import create_app
 from ._first import Making, beside, first_folder, forget
 from ._limits import Limits
+from ._protocol import LONGEST, Telling
 from ._security import Access
 from ._workbench import Workbench
 
 _STOPPED = 130
+_GRAPHS = (".safetensors", ".json")
 
 
 def open_workbench(
@@ -30,16 +33,21 @@ def open_workbench(
     limits: Limits = Limits(),
     reports: Path | None = None,
 ) -> Workbench:
-    """A workbench on `stores`; without any on a store of the miniature, which is made beside it if
-    it is not there yet.
+    """A workbench on `stores`, among which may be files of graphs; without any store on one of the
+    miniature, which is made beside it if it is not there yet.
     """
+    graphs = [path for path in stores if path.suffix in _GRAPHS and not path.is_dir()]
+    for path in graphs:
+        if not path.is_file():
+            raise InputError(f"no file {path}: give a graph that gemscope trace wrote")
+    stores = [path for path in stores if path not in graphs]
     if reports is not None and not reports.is_dir():
         raise InputError(f"no folder {reports}: give one with reports of gemscope eval")
     if stores:
         opened = [Store.open(path) for path in stores]
-        return Workbench(opened, model=model, limits=limits, reports=reports)
+        return Workbench(opened, model=model, limits=limits, reports=reports, graphs=graphs)
     folder = first_folder()
-    bench = Workbench([_sound(folder)], model=model, limits=limits, reports=reports)
+    bench = Workbench([_sound(folder)], model=model, limits=limits, reports=reports, graphs=graphs)
     making = Making(folder)
     if making.told() is not None:
         bench.making = making
@@ -65,17 +73,21 @@ def _sound(folder: Path) -> Store:
     return store
 
 
+def configured(app: FastAPI) -> uvicorn.Config:
+    """How `app` is served."""
+    return uvicorn.Config(
+        app, log_level="warning", server_header=False, date_header=False, limit_concurrency=256,
+        timeout_graceful_shutdown=2, http=Telling, h11_max_incomplete_event_size=LONGEST,
+    )  # fmt: skip
+
+
 def run(bench: Workbench, access: Access, listening: socket.socket) -> None:
     """Serve until stopped by Ctrl-C or a signal."""
     app = create_app(bench, access)
-    config = uvicorn.Config(
-        app, log_level="warning", server_header=False, date_header=False, limit_concurrency=256,
-        timeout_graceful_shutdown=2,
-    )  # fmt: skip
     # uvicorn closes what is open and then raises the signal again, for whoever handled it before.
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(configured(app)).run(sockets=[listening])
     except KeyboardInterrupt:
         pass
     finally:

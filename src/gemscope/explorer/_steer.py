@@ -13,7 +13,7 @@ from gemscope.errors import InputError
 from gemscope.steering import UNITS
 
 from ._microscope import percent
-from ._microscope_reading import default, facts_of
+from ._microscope_reading import default
 from ._render import page
 from ._steer_record import Asked, find, known_of, response, steered
 from ._workbench import Workbench
@@ -153,7 +153,7 @@ def _row(bench: Workbench, name: str, mode: str, strength: str, positions: str) 
 
 def _has_template(bench: Workbench, address: str, known: dict[str, bool]) -> bool:
     """Whether the model's tokenizer knows how a chat is written."""
-    facts = facts_of(bench, address)
+    facts = bench.facts(address)
     name = facts["model"]
     if name not in known:
         if facts["indexed"]:

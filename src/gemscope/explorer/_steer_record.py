@@ -10,7 +10,6 @@ from gemscope import hub
 from gemscope.errors import InputError
 from gemscope.features import Among, Found, Store, described, search
 
-from ._microscope_reading import facts_of, model_of
 from ._workbench import Workbench
 from ._worker import Cancelled
 
@@ -77,7 +76,7 @@ def known_of(bench: Workbench, name: str) -> dict[str, Any]:
     from gemscope.steering import maximum_of
 
     address, index = hub.feature_of(name)
-    facts = facts_of(bench, address)
+    facts = bench.facts(address)
     if index >= facts["d_sae"]:
         raise InputError(f"no feature {index}: {address} has 0 to {facts['d_sae'] - 1}")
     out: dict[str, Any] = {
@@ -144,7 +143,7 @@ def _number(value: float | None) -> float | None:
 
 def store_for(bench: Workbench, address: str) -> Store | None:
     """The store that knows a dictionary's maxima; none of one that is only bundled."""
-    return bench.store_of(address) if facts_of(bench, address)["indexed"] else None
+    return bench.store_of(address) if bench.facts(address)["indexed"] else None
 
 
 def changes_of(bench: Workbench, asked: Asked) -> "list[Change]":
@@ -184,7 +183,7 @@ def steered(bench: Workbench, asked: Asked, stop: threading.Event, put: Put) -> 
             "ask for fewer"
         )
     changes = changes_of(bench, asked)
-    model = model_of(bench, [hub.feature_of(f)[0] for f in asked.features])
+    model = bench.model_of([hub.feature_of(f)[0] for f in asked.features])
     done = steering.steer(
         asked.prompt, changes, model=model, max_new_tokens=asked.max_new_tokens,
         temperature=asked.temperature, seed=asked.seed, chat=asked.chat,
@@ -236,7 +235,7 @@ def response(
     address, _ = hub.feature_of(name)
     known = {address: bench.dictionary(address)}
     feature = steering.load_feature(name, store=store_for(bench, address), known=known)
-    model = model_of(bench, [address])
+    model = bench.model_of([address])
     model.check(feature.sae)
 
     def progress(_what: str, _done: int, _of: int) -> None:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,11 @@ class Workbench:
         model: str | None = None,
         limits: Limits = Limits(),
         reports: Path | None = None,
+        graphs: Sequence[Path] = (),
     ):
         self.stores, self.limits = list(stores), limits
+        self.graphs = tuple(graphs)
+        """Files of attribution graphs, beside those that the stores keep."""
         self.reports = reports
         """A folder with reports of `gemscope eval`, for the scope."""
         self._model_name = model
@@ -101,6 +104,40 @@ class Workbench:
             if source not in self._models:
                 self._models[source] = load_model(name)
             return self._models[source]
+
+    def model_of(self, addresses: Iterable[str]) -> "LanguageModel":
+        """The one model of some dictionaries, or the one that the server was told to run."""
+        names = {
+            name: hub.model_source(name) for name in (self.facts(a)["model"] for a in addresses)
+        }
+        if len(set(names.values())) > 1:
+            raise InputError(
+                f"the dictionaries are of different models, {', '.join(sorted(names))}; choose "
+                "those of one"
+            )
+        known = self.known()
+        of_stores = {
+            hub.model_source(name): f.get("loaded_model", f["model"])
+            for f in known.values() for name in (f["model"], f.get("loaded_model", f["model"]))
+        }  # fmt: skip
+        if known and hub.model_source(self.model_name) not in of_stores:
+            # Told to run another one, such as a copy in a folder.
+            return self.model()
+        (source,) = set(names.values())
+        if source in of_stores:
+            return self.model(of_stores[source])
+        return self.model("miniature" if source == hub.model_source("miniature") else None)
+
+    def facts(self, address: str) -> dict[str, Any]:
+        """What a dictionary is: one that is indexed, or in the catalog with its files here."""
+        known = self.known()
+        if address in known:
+            return known[address] | {"indexed": True}
+        entry = self.entry(address)
+        return {
+            "address": address, "kind": entry.kind, "model": entry.model,
+            "reads": str(entry.reads), "d_sae": entry.d_sae, "indexed": False,
+        }  # fmt: skip
 
     def entry(self, address: str) -> hub.Entry:
         """The artefact of an indexed dictionary, or of one in the catalog, whose files are here.

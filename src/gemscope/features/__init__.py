@@ -19,9 +19,11 @@ from ._live import search_text as search_text
 from ._look import Look as Look
 from ._look import check_plot as check_plot
 from ._look import look as look
+from ._look import masked as masked
 from ._look import plot_look as plot_look
 from ._output_scores import begin_output_scores as begin_output_scores
 from ._output_scores import write_output_scores as write_output_scores
+from ._pieces import KnownPieces as KnownPieces
 from ._pieces import marked as marked
 from ._pieces import shown as shown
 from ._pieces import token_pieces as token_pieces
@@ -39,6 +41,8 @@ from ._sources import named as named
 from ._sources import sources_of as sources_of
 from ._statistics import Keep as Keep
 from ._store import Store as Store
+from ._store import in_order as in_order
+from ._store import quoted as quoted
 from ._text import Source as Source
 from ._text import Text as Text
 from ._together import pair_counts as pair_counts

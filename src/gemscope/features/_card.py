@@ -7,7 +7,7 @@ from typing import Any
 from gemscope.activations import write_whole
 from gemscope.errors import InputError
 
-from ._pieces import marked, shown, token_pieces
+from ._pieces import marked, shown
 from ._search import described
 from ._store import Store
 
@@ -22,11 +22,11 @@ def card(store: Store, address: str, feature: int, said_of: Said | None = None) 
     """
     known = store.dictionary(address)
     row = store.feature(address, feature)
-    tokenizer, text = store.tokenizer(address), store.text(address)
+    pieces, text = store.pieces(address), store.text(address)
     contexts = []
     for found in store.contexts(address, feature):
         number = found["context"]
-        ids = text.ids[text.offsets[number] : text.offsets[number + 1]]
+        ids = text.ids[text.offsets[number] : text.offsets[number + 1]].tolist()
         values = [0.0] * len(ids)
         for position, value in zip(found["positions"], found["values"], strict=True):
             values[position] = value
@@ -36,7 +36,7 @@ def card(store: Store, address: str, feature: int, said_of: Said | None = None) 
                 **{n: found[n] for n in ("group", "rank", "value", "position", "share")},
                 "document": text.paths[document],
                 "source": text.sources[text.source[document]],
-                "tokens": token_pieces(tokenizer, ids),
+                "tokens": pieces(ids),
                 "values": values,
             }
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from gemscope.errors import InputError
@@ -64,13 +65,18 @@ def look(model: LanguageModel, sae: Dictionary, text: str) -> Look:
     run = model.run(text, read=[sae.reads])
     x, counts = run[sae.reads][0].float(), run.tokens.counts[0]
     found = sae.encode(x)
-    keep = counts.to(x.device)[found.rows]
-    masked = SparseFeatures.from_entries(
-        found.rows[keep], found.indices[keep].long(), found.values[keep], len(x), sae.d_sae
-    )
+    code = masked(found, counts)
     decode = model.tokenizer.decode
     tokens = [decode([i]) for i in run.tokens.ids[0].tolist()]
-    return Look(sae, tokens, counts.tolist(), masked, x)
+    return Look(sae, tokens, counts.tolist(), code, x)
+
+
+def masked(code: SparseFeatures, counts: Bool[Tensor, " n_tokens"]) -> SparseFeatures:
+    """`code` without what it says of tokens that do not count."""
+    keep = counts.to(code.indices.device)[code.rows]
+    return SparseFeatures.from_entries(
+        code.rows[keep], code.indices[keep].long(), code.values[keep], len(counts), code.d_sae
+    )
 
 
 def check_plot(sae: Dictionary, file: Path, feature: int | None) -> None:

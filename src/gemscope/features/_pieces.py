@@ -37,6 +37,40 @@ def token_pieces(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> list[str]:
     return pieces
 
 
+class KnownPieces:
+    """`token_pieces` of one tokenizer, for many texts: what a token is by itself is remembered."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer, self._size = tokenizer, len(tokenizer)
+        self._known: dict[int, str] = {}
+        self._whole: dict[int, str] = {}
+        """The same without tokens that are part of a character, or none at all."""
+
+    def __call__(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token, which together are the text of all."""
+        try:
+            return [self._whole[i] for i in ids]
+        except KeyError:
+            pieces = token_pieces(self, ids)
+        for i in ids:
+            if 0 <= i < self._size and not (text := self.decode([i])).endswith("�"):
+                self._whole[i] = text
+        return pieces
+
+    def __len__(self) -> int:
+        return self._size
+
+    def decode(self, ids: Sequence[int], **_options: Any) -> str:
+        """As the tokenizer has it."""
+        if len(ids) != 1:
+            return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        found = self._known.get(ids[0])
+        if found is None:
+            found = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            self._known[ids[0]] = found
+        return found
+
+
 def vocabulary(tokenizer: Any) -> list[str]:
     """The text of every token by itself; a part of a character is shown as U+FFFD."""
     ids = range(len(tokenizer))

@@ -7,8 +7,8 @@ version of a table; a reader keeps the one it opened.
 """
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,10 @@ from gemscope.activations import write_whole
 from gemscope.errors import InputError, did_you_mean
 
 from ._activations import Activations, read_json, read_text_arrays
+from ._lance import connect
+from ._pieces import token_pieces
 from ._records import Explanation, Note
 from ._text import Text
-
-# Its warnings are meant for its own developers; before the import, which reads this.
-for name in ("LANCE_LOG", "LANCEDB_LOG"):
-    os.environ.setdefault(name, "error")
 
 _MANY_VECTORS = 100_000
 """Decoder rows beyond which searching all of them takes too long."""
@@ -38,10 +36,8 @@ class Store:
     """An opened catalog store."""
 
     def __init__(self, folder: Path):
-        import lancedb
-
         self.folder = folder
-        self._db = lancedb.connect(str(folder))
+        self._db = connect(folder)
         self._tables: dict[str, Any] = {}
         self._known: tuple[int, dict[str, dict[str, Any]]] | None = None
         self._directions: tuple[str, np.ndarray] | None = None
@@ -103,6 +99,10 @@ class Store:
         self._tables[name].checkout_latest()
         return self._tables[name]
 
+    def _version(self, name: str) -> int:
+        """Of a table as it is now: every write makes another."""
+        return self.table(name).version
+
     def rows(
         self, name: str, where: str, columns: Sequence[str] | None = None, limit: int | None = None
     ) -> "pa.Table":
@@ -126,8 +126,7 @@ class Store:
 
     def _dictionaries(self) -> dict[str, dict[str, Any]]:
         """By address; read again when the table has a new version."""
-        table = self.table("dictionaries")
-        version = table.version
+        table, version = self.table("dictionaries"), self._version("dictionaries")
         if self._known is None or self._known[0] != version:
             rows = sorted(table.to_arrow().to_pylist(), key=lambda row: row["address"])
             known = {r["address"]: json.loads(r["facts"]) | {"run": r["run"]} for r in rows}
@@ -157,8 +156,7 @@ class Store:
         """Density and maximum of each feature, float64 `[d_sae, 2]`, by dictionary; NaN where there
         is no row. They are kept until the store changes.
         """
-        table = self.table("features")
-        version = table.version
+        table, version = self.table("features"), self._version("features")
         if self._figures is None or self._figures[0] != version:
             columns = ["run", "feature", "density", "max"]
             found = table.search().select(columns).limit(2**31 - 1).to_arrow()
@@ -199,17 +197,13 @@ class Store:
 
     def contexts(self, address: str, feature: int | None = None) -> list[dict[str, Any]]:
         """Contexts of one feature or of all, by feature, group and rank."""
-        from ._contexts import GROUPS
-
         run = self.dictionary(address)["run"]
         if feature is None:
             found = self._own("contexts", run)
         else:
             self.check_feature(address, feature)
             found = self.rows("contexts", f"run = {quoted(run)} AND feature = {int(feature)}")
-        rows = found.drop_columns(["run"]).to_pylist()
-        place = {group: i for i, group in enumerate(GROUPS)}
-        return sorted(rows, key=lambda r: (r["feature"], place.get(r["group"], 99), r["rank"]))
+        return in_order(found)
 
     def text(self, address: str) -> Text:
         """The text a dictionary was indexed on."""
@@ -222,15 +216,17 @@ class Store:
 
     def tokenizer(self, address: str) -> Any:
         """The tokenizer of a dictionary's model."""
-        from transformers import AutoTokenizer
-
-        from gemscope.hub import fetch_model, model_source
+        from gemscope.hub import fetch_model, load_tokenizer, model_source
 
         known = self.dictionary(address)
         source = model_source(known["loaded_model"])
         if not Path(source).is_dir():
             source = str(fetch_model(known["loaded_model"]))
-        return AutoTokenizer.from_pretrained(source)
+        return load_tokenizer(source)
+
+    def pieces(self, address: str) -> Callable[[Sequence[int]], list[str]]:
+        """What gives the text of each token of a dictionary's model."""
+        return partial(token_pieces, self.tokenizer(address))
 
     def explanations(
         self, address: str | None = None, feature: int | None = None
@@ -344,6 +340,15 @@ class Store:
         if update:
             merge = merge.when_matched_update_all()
         merge.when_not_matched_insert_all().execute(pa.Table.from_pylist(rows, TABLES[name]))
+
+
+def in_order(contexts: "pa.Table") -> list[dict[str, Any]]:
+    """Rows of contexts by feature, group and rank."""
+    from ._contexts import GROUPS
+
+    place = {group: i for i, group in enumerate(GROUPS)}
+    rows = contexts.drop_columns(["run"]).to_pylist()
+    return sorted(rows, key=lambda r: (r["feature"], place.get(r["group"], 99), r["rank"]))
 
 
 def quoted(text: str) -> str:

@@ -25,6 +25,8 @@ from ._load import obtain as obtain
 from ._save import LAYOUTS as SAVED_LAYOUTS
 from ._save import save_sae as save_sae
 from ._suites import model_shape as model_shape
+from ._tokenizer import IMPORTING as IMPORTING
+from ._tokenizer import load_tokenizer as load_tokenizer
 
 __all__ = [
     "BUNDLED_RELEASE", "SAVED_LAYOUTS", "Entry", "Given", "Remote", "build", "cached", "catalog",
