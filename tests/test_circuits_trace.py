@@ -212,6 +212,20 @@ def test_bfloat16_closes_as_far_as_it_rounds():
     assert graph.books.error < 0.1 * values.abs().max()
 
 
+def test_a_release_stands_for_one_transcoder_a_layer():
+    from gemscope.circuits import transcoder_set
+
+    found = transcoder_set(["gemma-scope-2-1b-pt"])
+    assert found == [
+        f"gemma-scope-2-1b-pt/transcoder_all/layer_{n}_width_16k_l0_small_affine" for n in range(26)
+    ]
+    older = transcoder_set(["google/gemma-scope-2b-pt-transcoders"])
+    assert [a.split("/")[1] for a in older] == [f"layer_{n}" for n in range(26)]
+    assert older[0].endswith("average_l0_76")
+    assert transcoder_set(["miniature"]) == transcoder_set([ALL])
+    assert transcoder_set(["miniature/clt"]) == ["miniature/clt/width_384_l0_medium_affine"]
+
+
 # --- the command -----------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ PAGES = {
     "compare": (f"/compare?sae={WIDE}&a=code%3Dcode&b=docstrings%3Ddocstrings", 1280, 860, False),
     "steer": (f"/steer?prompt={quote('def read(')}&feature={WIDE}/1713&strength=0.5xmax", 1280, 860,
               False),
+    "graph": ("/graph/close?node=feature.2.190.6", 1280, 900, False),
     "scope": ("/scope", 1280, 1130, False),
     "scope-dark": ("/scope?release=gemma-scope-2b-pt-res&colour=l0", 1280, 760, True),
     "phone": (f"/feature/{WIDE}/1713", 390, 844, True),
@@ -37,6 +38,7 @@ PAGES = {
 
 def main(store: str, *names: str) -> None:
     OUT.mkdir(exist_ok=True)
+    _trace(Path(store))
     with served(store) as address:
         for name in names or PAGES:
             path, width, height, dark = PAGES[name]
@@ -51,6 +53,21 @@ def main(store: str, *names: str) -> None:
                     raise SystemExit(f"{name}: {page.wrongs} {page.outside}")
                 written = save(page.screenshot(), OUT / f"{name}.png")
             print(f"{name}: {written:,} bytes")
+
+
+def _trace(folder: Path) -> None:
+    """The graph that is shown, in the store."""
+    from gemscope import circuits
+    from gemscope.features import Store
+    from gemscope.lm import load_model
+
+    file, model = folder / "graphs" / "close.safetensors", load_model("miniature")
+    file.parent.mkdir(exist_ok=True)
+    graph = circuits.trace(
+        "class Reader:\n    def close", ["miniature/transcoder_all/*_big_affine"], model=model
+    )
+    graph = circuits.check(graph, model, 40)
+    circuits.save_graph(circuits.labelled(graph, [Store.open(folder)]), file)
 
 
 def save(png: bytes, file: Path) -> int:

@@ -193,8 +193,8 @@ def transcoder_set(names: Sequence[str]) -> list[str]:
     """Addresses of one transcoder a layer, or of a cross-layer one, from what a person gave.
 
     Each of `names` is an address, or the beginning of several, such as `miniature/transcoder_all`.
-    Where a layer then has several, the narrowest is taken, of those with a skip connection if there
-    are some, and of the fewest active features.
+    Of several parts the one of most layers is taken; where a layer then has several, the narrowest,
+    of those with a skip connection if there are some, and of the fewest active features.
     """
     out: list[str] = []
     for name in names:
@@ -211,11 +211,19 @@ def transcoder_set(names: Sequence[str]) -> list[str]:
                 f"{name} holds no transcoders; gemscope list --kind transcoder shows them, and "
                 "gemscope circuit finds circuits over SAEs"
             )
-        by_layer: dict[int, list[Entry]] = {}
-        for entry in fit:
-            by_layer.setdefault(each(entry.writes)[0].layer, []).append(entry)
+        by_layer = max(_by_part(fit), key=len)
         out += [min(some, key=_cost).address for _, some in sorted(by_layer.items())]
     return list(dict.fromkeys(out))
+
+
+def _by_part(entries: Sequence[Entry]) -> list[dict[int, list[Entry]]]:
+    """The parts of a release, each by layer: of Gemma Scope 2 some are of a few layers only."""
+    parts: dict[str, dict[int, list[Entry]]] = {}
+    for entry in entries:
+        part = re.sub(r"\d+", "#", entry.address.split("/")[1])
+        layer = each(entry.writes)[0].layer
+        parts.setdefault(part, {}).setdefault(layer, []).append(entry)
+    return list(parts.values())
 
 
 def _of_release(name: str) -> list[Entry]:
