@@ -66,7 +66,7 @@ def test_families_and_kinds_agree_in_the_frozen_model(family, kind):
 
 
 def test_the_strongest_are_checked(whole, checked):
-    e, changed = whole.edges, whole.kinds(Kind.FEATURE, Kind.ERROR, Kind.EMBEDDING)
+    e, changed = whole.edges, whole.kinds(Kind.FEATURE, Kind.ERROR)
     size = torch.where(changed[e.source.long()], e.weight.abs(), torch.tensor(0.0))
     wanted = [
         (whole.nodes[e.source[i]].id, whole.nodes[e.target[i]].id, 0.1 * e.weight[i].item())

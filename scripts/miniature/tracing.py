@@ -19,7 +19,7 @@ from gemscope.lm import LanguageModel, load_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 SET = "miniature/transcoder_all/*_big_affine"
-CHECKED, PATHS, SHOWN = 40, 5, 0.45
+CHECKED, PATHS, SHOWN = 40, 5, 0.6
 SIZES = [10, 20, 50, 100, 200, 500, 1000]
 HEAD = """# Three graphs of the miniature
 
@@ -96,7 +96,7 @@ def _answered(
     graph = circuits.stability(graph, model, question.others)
     graph = circuits.labelled(graph, [store])
     picture = folder / f"{number}.png"
-    circuits.draw(circuits.pruned(graph, nodes=SHOWN, edges=0.8), picture)
+    circuits.draw(circuits.pruned(graph, nodes=SHOWN, edges=0.9), picture)
     _small(picture)
     curves = folder / f"{number}-curves.png"
     circuit = _circuit(question, model, work / f"circuit_{number}")
@@ -111,7 +111,7 @@ def _answered(
 def _small(picture: Path) -> None:
     image = Image.open(picture).convert("RGB")
     image.thumbnail((1100, 1100))
-    image.quantize(24, dither=Image.Dither.NONE).save(picture, optimize=True)
+    image.quantize(96, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 def _code(text: str) -> str:

@@ -15,7 +15,8 @@
     for (const one of (graph.stability || {}).nodes || []) if (one.id) { returns.set(one.id, one); keys.set(one.key, one.id); }
     for (const one of (graph.stability || {}).edges || []) edgeReturns.set(`${keys.get(one.source)} ${keys.get(one.target)}`, one);
     for (const one of (graph.checked || {}).edges || []) checks.set(`${one.source} ${one.target}`, one);
-    for (const one of (graph.checked || {}).nodes || []) checked.set(one.id, one);
+    // A node is checked on every target: the one it matters most for is shown.
+    for (const one of (graph.checked || {}).nodes || []) { const old = checked.get(one.id); if (!old || Math.abs(one.frozen) > Math.abs(old.frozen)) checked.set(one.id, one); }
     const heard = { words, stability: (id) => returns.has(id) ? returns.get(id).share : 1, outLabel: (node) => { const t = graph.targets.find((one) => one.id === node.id); return t && t.probability !== null ? `${node.label} ${percent(t.probability)}` : node.label; }, built, hover, click };
     const plot = graphPlot.plot(byId("plot"), graph, heard), state = plot.state;
     const twin = other && graphPlot.plot(byId("plot-other"), other, { ...heard, stability: () => 1, outLabel: (node) => node.label, built() {}, hover: (u) => { tip(u, other); mirror(plot, u); }, click: (u) => { if (u && u.node && u.node.address) { const i = graph.nodes.findIndex((o) => o.address === u.node.address); if (i >= 0) choose(plot.unitOf(i)); } } });
@@ -166,7 +167,7 @@
       add(`${words.rename} (r)`, rename);
       add(`${isolated ? words.whole : words.isolate} (i)`, isolate);
       const lines = [head, el("p", facts.filter(Boolean).join(" · "), "soft small"), acts];
-      if (u.node && checked.has(u.node.id)) { const c = checked.get(u.node.id); lines.push(el("p", say(words.checked, { a: number(c.predicted), b: number(c.frozen), c: number(c.model) }), "small")); }
+      if (u.node && checked.has(u.node.id)) { const c = checked.get(u.node.id), t = graph.nodes.find((one) => one.id === c.target); lines.push(el("p", `→ ${t ? t.label : c.target}: ` + say(words.checked, { a: number(c.predicted), b: number(c.frozen), c: number(c.model) }), "small")); }
       if (u.node && returns.has(u.node.id)) { const r = returns.get(u.node.id); lines.push(el("p", `${say(words.returns, { n: percent(r.share) })} [${percent(r.low)}, ${percent(r.high)}]`, "small")); }
       if (!u.node) { const list = el("p", undefined, "small"); for (const i of u.members) list.append(el("span", `${graph.nodes[i].label} · ${place(graph.nodes[i])}`, "member")); lines.push(list); }
       into.replaceChildren(...lines, table(u, true), table(u, false));
