@@ -49,6 +49,19 @@ def test_edges_and_nodes_agree_in_the_frozen_model(checked):
         assert -1 <= checked.checked["agreement"][name]["pearson"] < 0.99
 
 
+def test_features_of_which_nothing_is_known_pass_nothing_on(whole):
+    value = whole.books.value.clone()
+    first = next(i for i, node in enumerate(whole.nodes) if node.kind is Kind.FEATURE)
+    value[first] = float("nan")
+    effects = total_effects(
+        replace(whole, books=replace(whole.books, value=value)), range(len(whole.nodes))
+    )
+    assert bool(effects.isfinite().all())
+    every = total_effects(whole, range(len(whole.nodes)))
+    tokens = whole.kinds(Kind.EMBEDDING)
+    assert not torch.equal(effects[tokens], every[tokens])
+
+
 @pytest.mark.parametrize("family", ["gemma-2", "gemma-3", "llama with biases"])
 @pytest.mark.parametrize("kind", ["skip", "cross-layer"])
 def test_families_and_kinds_agree_in_the_frozen_model(family, kind):

@@ -151,6 +151,8 @@ def total_effects(graph: Graph, sources: Sequence[int]) -> Float[Tensor, "source
     value = graph.books.value.numpy(force=True).copy()
     # A feature's value is its activation: what it passes on. Nothing passes through a target.
     value[~graph.kinds(Kind.FEATURE).numpy()] = float("inf")
+    # Nor through a feature that was not traced: nobody knows what comes into it.
+    value[value != value] = float("inf")
     share = torch.zeros(n, len(sources), dtype=torch.float64).numpy()
     share[list(sources), range(len(sources))] = 1.0
     out = share * 0.0

@@ -209,12 +209,13 @@ def _print_nodes(graph: "Graph", top: int) -> None:
         rows.append((node.id, at, share, activation, graph.label(node)))
     table = _table()
     for column, head in enumerate(heads):
-        # A label may be cut; an id that is cut cannot be copied.
-        widths = [len(head), *(len(row[column]) for row in rows)] if head != "label" else [5]
-        table.add_column(head, justify="right" if column in (2, 3) else "left", no_wrap=True,
-                         overflow="ellipsis", min_width=min(24, max(widths)))  # fmt: skip
-    for row in rows:
-        table.add_row(*map(_cell, row))
+        table.add_column(head, justify="right" if column in (2, 3) else "left", no_wrap=True)
+    # A label may be cut; an id that is cut cannot be copied.
+    widths = [max(len(head), *(len(row[i]) for row in rows)) + 2 for i, head in enumerate(heads)]
+    left = max(20, console().width - sum(widths[:-1]) - 2)
+    for *cells, label in rows:
+        cut = label if len(label) <= left else f"{label[: left - 1]}…"
+        table.add_row(*map(_cell, (*cells, cut)))
     console().print(table)
 
 
