@@ -204,6 +204,7 @@ def test_doctor_finds_nothing_missing(command):
     assert facts["packages"]["torch"]
 
 
+@pytest.mark.slow
 def test_demo_shows_a_report_of_some_dictionaries(command, entries, tmp_path):
     code, out, err = command("demo", "--tokens", 600, "--out", tmp_path)
     assert code == 0, err

@@ -265,6 +265,7 @@ def test_rules_need_the_activations(refused, own_store):
     refused("explain", own_store, match="was indexed without keeping its activations, from which")
 
 
+@pytest.mark.slow
 def test_rules_are_learned_and_applied(command, own_store, indexed):
     options = ("explain", own_store, indexed[0], "--features", "8,23-25", "--score", "detection")
     code, out, err = command(*options)

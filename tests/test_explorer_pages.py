@@ -131,6 +131,7 @@ def parameters(route):
     return found
 
 
+@pytest.mark.slow
 def test_nothing_that_readers_send_is_markup(hostile, indexed):
     for route in routes(hostile):
         for text in HOSTILE:

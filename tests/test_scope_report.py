@@ -76,6 +76,7 @@ def test_the_report_of_many_has_them_and_that_of_few_has_one_legend(one, tmp_pat
     assert len(re.findall(r'<h2 id="d\d+">', page)) == len(scope(one))
 
 
+@pytest.mark.slow
 def test_a_pattern_stands_for_the_addresses_it_matches(command, refused, tmp_path):
     wanted = [e.address for e in hub.catalog(release="miniature") if "/layer_3_" in e.address]
     options = ("--tokens", "64", "--out", tmp_path, "--json")

@@ -30,7 +30,8 @@ def on_device(test):
 if not INTERPRETED:
 
     @no_triton
-    def test_kernels_in_the_interpreter():
+    @pytest.mark.slow
+def test_kernels_in_the_interpreter():
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
             env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
