@@ -31,7 +31,7 @@ if not INTERPRETED:
 
     @no_triton
     @pytest.mark.slow
-def test_kernels_in_the_interpreter():
+    def test_kernels_in_the_interpreter():
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
             env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
