@@ -234,7 +234,7 @@ DAMAGE = st.lists(
     st.tuples(st.sampled_from(KINDS), st.sampled_from(ANCHORS), st.integers(0, 2**34),
               st.integers(0, 2**34)), min_size=1, max_size=3,
 )  # fmt: skip
-TIMES = [150, pytest.param(1_000, marks=pytest.mark.slow)]
+TIMES = [150, pytest.param(800, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("times", TIMES)

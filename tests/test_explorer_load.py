@@ -16,7 +16,7 @@ from gemscope.features import Store
 
 httpx = pytest.importorskip("httpx2", reason="the client of starlette's tests is not installed")
 pytestmark = pytest.mark.slow
-READERS, EACH = 50, 6
+READERS, EACH = 50, 4
 WORDS = "def parse(path):\n    return open(path).read()\n" * 16
 
 
