@@ -134,8 +134,10 @@ def _nodes(graph: Graph, n: int, kinds: Sequence[Kind]) -> _Claim:
     sources = best[strength[best] > 0].tolist()
     targets = graph.kinds(Kind.TARGET).nonzero()[:, 0].tolist()
     effects = total_effects(graph, sources) * _ABLATED
-    pairs = [(row, column) for row in range(len(sources)) for column in range(len(targets))]
-    return _Claim(sources, _ABLATED, targets, effects[:, targets], pairs)
+    predicted = effects[:, targets]
+    # Of a target that no way shown leads to, nothing is claimed.
+    pairs = [(row, column) for row, column in predicted.nonzero().tolist()]
+    return _Claim(sources, _ABLATED, targets, predicted, pairs)
 
 
 def total_effects(graph: Graph, sources: Sequence[int]) -> Float[Tensor, "sources n_nodes"]:
