@@ -8,9 +8,8 @@ import torch
 from circuits_graphs import graph_of
 from transcoded import MODELS, cross_layer, random_model, transcoders
 
-from gemscope.circuits import Kind, Node, load_graph, save_graph, trace
+from gemscope.circuits import Kind, Node, check, load_graph, save_graph, total_effects, trace
 from gemscope.circuits import _check as checking
-from gemscope.circuits._check import check, total_effects
 from gemscope.errors import InputError
 from gemscope.lm import Edit
 from gemscope.sites import Site, Stream

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 import transformers as hf
+from transcoded import SIZES
 
 from gemscope import miniature as bundled
 from gemscope.errors import InputError
@@ -28,11 +29,6 @@ from gemscope.steering import (
 LONG = "def area(width, height):\n    return width * height  # in metres\n"
 PROMPTS = [LONG, "import os\n", "class Reader:\n    def __init__(self"]
 NEW = 12
-SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 96,
-    "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
 # Windows shorter than the text: what is far is in the cache of some layers and not of others.
 WINDOWS = {"head_dim": 12, "sliding_window": 8}
 MODELS = {

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gemscope.errors import InputError
-from gemscope.lm import Block, LanguageModel, Run
+from gemscope.lm import Block, LanguageModel, Run, wide
 from gemscope.sites import Site, Stream
 
 
@@ -95,7 +95,7 @@ class Frozen:
         return cls(
             layers=tuple(_layer(model, run, n, skips.get(n)) for n in range(model.n_layers)),
             final=_inverse(
-                _wide(run[Site(model.n_layers - 1, Stream.RESID_POST)][0]), model.weights.final()[1]
+                wide(run[Site(model.n_layers - 1, Stream.RESID_POST)][0]), model.weights.final()[1]
             )[:, 0],
             final_gain=model.weights.final()[0],
             counted=run.tokens.counts[0].to(model.device),
@@ -245,10 +245,10 @@ def _layer(
 ) -> FrozenLayer:
     block: Block = model.weights.block(layer)
     pre, heads, mid = (
-        _wide(run[Site(layer, s)][0])
+        wide(run[Site(layer, s)][0])
         for s in (Stream.RESID_PRE, Stream.ATTN_HEADS, Stream.RESID_MID)
     )
-    pattern = _wide(run.patterns[layer][0])
+    pattern = wide(run.patterns[layer][0])
     kv = block.value.shape[1] * len(pattern) // block.output.shape[0]
     output, after = block.output, None
     if block.after is not None:
@@ -281,7 +281,3 @@ def _scattered(vectors: Tensor, start: Start) -> Float[Tensor, "seq n d"]:
     out = vectors.new_zeros(start.stop, *vectors.shape)
     out[start.positions, torch.arange(len(vectors), device=out.device)] = vectors
     return out
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.itemsize >= 4 else x.float()

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gemscope.corpus import TokenBatch
-from gemscope.lm import LanguageModel
+from gemscope.lm import LanguageModel, wide
 from gemscope.sites import Side, Site, Stream
 
 from ._replay import Probe, Write
@@ -82,7 +82,7 @@ class Perturbed:
         by_site: dict[Site, list[tuple[int, int, Tensor]]] = {}
         for i, row in enumerate(rows):
             for write in row:
-                entry = (i, write.position, _wide(write.vector))
+                entry = (i, write.position, wide(write.vector))
                 by_site.setdefault(_written(write.site), []).append(entry)
         shape = (len(rows), self.batch.ids.shape[1], self.model.config.hidden_size)
         dtype = torch.promote_types(self.model.dtype, torch.float32)
@@ -135,9 +135,9 @@ class Held(Perturbed):
             for handle in handles:
                 handle.remove()
         for path, (gain, eps) in facts.items():
-            x = _wide(inputs[path][0])
+            x = wide(inputs[path][0])
             self._norms[path] = (torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), gain)
-        self._patterns = [_wide(pattern[0]) for pattern in run.patterns]
+        self._patterns = [wide(pattern[0]) for pattern in run.patterns]
         self._outputs = [run[site][0] for site in self._transcoders.writes]
         self._inputs = [
             self._read(site, run[at][0])
@@ -198,10 +198,10 @@ class Held(Perturbed):
 
     def _mlp(self, layer: int, inputs: list[Tensor], later: dict[int, Tensor], y: Tensor) -> Tensor:
         """What an MLP gave, and what a change of its input makes of that, in the place of `y`."""
-        x = _wide(self._read(self._transcoders.reads[layer], inputs.pop()))
+        x = wide(self._read(self._transcoders.reads[layer], inputs.pop()))
         change = (x - self._inputs[layer].to(x)) if self._whole else x
         change = change * self._counted[:, None]
-        out = _wide(self._outputs[layer]).expand_as(y) if self._whole else torch.zeros_like(x)
+        out = wide(self._outputs[layer]).expand_as(y) if self._whole else torch.zeros_like(x)
         if (skip := self._transcoders.skips.get(layer)) is not None:
             out = out + change @ skip[1].to(change)
         if self._respond:
@@ -288,7 +288,3 @@ def _repeated(batch: TokenBatch, count: int) -> TokenBatch:
         batch.ids.expand(count, -1).contiguous(), batch.counts.expand(count, -1).contiguous(),
         batch.documents.expand(count).contiguous(), batch.starts.expand(count).contiguous(),
     )  # fmt: skip
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.itemsize >= 4 else x.float()

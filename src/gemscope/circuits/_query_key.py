@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemscope.errors import InputError
 from gemscope.hub import load_sae
-from gemscope.lm import LanguageModel, Run
+from gemscope.lm import LanguageModel, Run, wide
 from gemscope.sae import SAE
 from gemscope.sites import Site, Stream
 from gemscope.steering import Prompt
@@ -211,19 +211,19 @@ class _Seen:
 
     def rotated(self, side: str, position: int) -> Float[Tensor, " d_head"]:
         """The query or key as the model made it."""
-        return self._turned(_wide(self._made(side, position))[None], position)[0]
+        return self._turned(wide(self._made(side, position))[None], position)[0]
 
     def map(self, side: str, position: int) -> _Map:
         """The query or key as a map of the stream, denominators held."""
         proj = self._module.get_submodule(f"{side}_proj")
         head, width = self._head(side), len(self._raw(side, position))
         span = slice(head * width, (head + 1) * width)
-        x = _wide(self.run[Site(self.layer, Stream.RESID_PRE)][0, position])
+        x = wide(self.run[Site(self.layer, Stream.RESID_PRE)][0, position])
         eps = self.model.weights.block(self.layer).eps[0]
         inverse = torch.rsqrt(x.square().mean() + eps)
-        matrix = _wide(proj.get_parameter("weight"))[span].T * (self._gain * inverse)[:, None]
+        matrix = wide(proj.get_parameter("weight"))[span].T * (self._gain * inverse)[:, None]
         bias = getattr(proj, "bias", None)
-        bias = None if bias is None else _wide(bias[span])
+        bias = None if bias is None else wide(bias[span])
         scale = self._normed(side, position)
         matrix = self._turned(matrix * scale, position)
         if bias is not None:
@@ -245,11 +245,11 @@ class _Seen:
         if not hasattr(self._module, f"{side}_norm"):
             return 1.0
         gain = self.model.weights.gain(f"{self._path}.{side}_norm", self.layer)
-        raw = _wide(self._raw(side, position))
+        raw = wide(self._raw(side, position))
         # One number of it says the denominator of all: the largest, which rounds least.
         weighted = raw * gain
         most = int(weighted.abs().argmax())
-        return gain * _wide(self._made(side, position))[most] / weighted[most]
+        return gain * wide(self._made(side, position))[most] / weighted[most]
 
     def _turned(self, x: Float[Tensor, "n d_head"], position: int) -> Float[Tensor, "n d_head"]:
         """Rotated by the position, as all these families rotate: halves against each other."""
@@ -280,7 +280,7 @@ def _of_stream(
         sides[1 - side].append(torch.zeros_like(vector))
 
     for side, (one, position) in enumerate(zip(maps, at, strict=True)):
-        x = _wide(seen.run[Site(layer, Stream.RESID_PRE)][0, position])
+        x = wide(seen.run[Site(layer, Stream.RESID_PRE)][0, position])
         code = sae.to(model.device).encode(x[None])
         rows = code.values[:, None].to(x) * sae.rows(code.indices.tolist())[:, 0].to(x)
         rest = x - rows.sum(0) - sae.b_dec.to(x)
@@ -338,7 +338,3 @@ def _best(
         ]
     found.sort(key=lambda one: (-abs(one[2]), one[:2]))
     return tuple(one for one in found[:top] if one[2])
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.itemsize >= 4 else x.float()

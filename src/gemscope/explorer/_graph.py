@@ -1,7 +1,5 @@
 """Attribution graphs: the list of those kept, tracing, and the page of one."""
 
-import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -31,6 +29,7 @@ from ._graph_change import (
 from ._graph_shelf import SUFFIX, Shelf, record
 from ._graph_trace import TraceIn, set_of, sets, traced
 from ._render import page
+from ._stream import json_lines
 from ._workbench import Workbench
 from ._worker import Worker
 
@@ -93,30 +92,14 @@ def _add_list(made: APIRouter, of: Graphs) -> None:
         pieces = of.worker.stream(lambda stop, put: traced(of.bench, of.shelf, given, stop, put))
         # What is refused is refused with the first piece, before an answer has begun.
         first = await anext(pieces)
-        return StreamingResponse(_lines(first, pieces), media_type="application/x-ndjson")
+        said = "trace it with gemscope trace, or a shorter text"
+        lines = json_lines(first, pieces, too_long=said)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
 
     @made.get("/api/graphs/compare", responses=_MISTAKES, tags=["graph"])
     def compare_graphs(first: Name, second: Name) -> Response:
         """Features of two graphs: shared, only in the first, only in the second."""
         return _json(compared(of.shelf.graph(first), of.shelf.graph(second)))
-
-
-async def _lines(first: Any, pieces: AsyncIterator[Any]) -> AsyncIterator[str]:
-    """One JSON value a line; a mistake on the way is the last."""
-    try:
-        yield json.dumps(first) + "\n"
-        async for piece in pieces:
-            yield json.dumps(piece) + "\n"
-    except InputError as error:
-        yield json.dumps({"error": str(error)}) + "\n"
-    except TimeoutError:
-        said = (
-            "this took longer than one request may; trace it with gemscope trace, or a shorter text"
-        )
-        yield json.dumps({"error": said}) + "\n"
-    finally:
-        # Whoever leaves must not leave the model at work.
-        await pieces.aclose()  # type: ignore[attr-defined]
 
 
 def _add_graph(made: APIRouter, of: Graphs) -> None:

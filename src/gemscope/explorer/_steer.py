@@ -1,7 +1,5 @@
 """Steering: the model with edits of features beside the model without."""
 
-import json
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -16,6 +14,7 @@ from ._microscope import percent
 from ._microscope_reading import default
 from ._render import page
 from ._steer_record import Asked, find, known_of, response, steered
+from ._stream import json_lines
 from ._workbench import Workbench
 from ._worker import Worker
 
@@ -63,7 +62,8 @@ def router(bench: Workbench, worker: Worker) -> APIRouter:
         pieces = worker.stream(lambda stop, put: steered(bench, settings, stop, put))
         # What is refused is refused with the first piece, before an answer has begun.
         first = await anext(pieces)
-        return StreamingResponse(_lines(first, pieces), media_type="application/x-ndjson")
+        lines = json_lines(first, pieces, too_long="ask for fewer tokens")
+        return StreamingResponse(lines, media_type="application/x-ndjson")
 
     @made.get("/api/dose", responses=_WRONG, tags=["steer"])
     async def api_dose(
@@ -106,22 +106,6 @@ def add_pages(made: APIRouter, bench: Workbench) -> None:
     async def steer_find(request: Request, q: str = "", address: str = "") -> Response:
         found = await run_in_threadpool(find, bench, q, address)
         return page(request, "steer_found.html", found=found, q=q, percent=percent)
-
-
-async def _lines(first: Any, pieces: AsyncIterator[Any]) -> AsyncIterator[str]:
-    """One JSON value a line; a mistake on the way is the last."""
-    try:
-        yield json.dumps(first) + "\n"
-        async for piece in pieces:
-            yield json.dumps(piece) + "\n"
-    except InputError as error:
-        yield json.dumps({"error": str(error)}) + "\n"
-    except TimeoutError:
-        said = "this took longer than one request may; ask for fewer tokens"
-        yield json.dumps({"error": said}) + "\n"
-    finally:
-        # Whoever leaves must not leave the model at work.
-        await pieces.aclose()  # type: ignore[attr-defined]
 
 
 def _page(bench: Workbench, settings: Asked, templates: dict[str, bool]) -> dict[str, Any]:

@@ -11,3 +11,4 @@ from ._model import Run as Run
 from ._model import load_model as load_model
 from ._weights import Block as Block
 from ._weights import Weights as Weights
+from ._weights import wide as wide

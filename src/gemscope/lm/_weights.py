@@ -57,9 +57,9 @@ class Weights:
         after = family.attn_post_norm
         return Block(
             before=self.gain(family.attn_norm, layer),
-            value=_wide(value.get_parameter("weight")).T,
+            value=wide(value.get_parameter("weight")).T,
             value_bias=_bias(value),
-            output=_wide(output.get_parameter("weight")).T,
+            output=wide(output.get_parameter("weight")).T,
             output_bias=_bias(output),
             after=None if after is None else self.gain(after, layer),
             mlp=self.gain(family.mlp_norm, layer),
@@ -97,7 +97,7 @@ class Weights:
 
     def gain(self, path: str, layer: int) -> Float[Tensor, " d_model"]:
         """The gain of a norm: Gemma stores it less one."""
-        return self._family.gain_offset + _wide(self._weight(path, layer))
+        return self._family.gain_offset + wide(self._weight(path, layer))
 
     def _weight(self, path: str, layer: int) -> Tensor:
         return self._stack.get_submodule(path.format(layer=layer)).get_parameter("weight")
@@ -106,11 +106,11 @@ class Weights:
         return epsilon(self._stack.get_submodule(path.format(layer=layer)))
 
 
-def _wide(weight: Tensor) -> Tensor:
-    """`weight` in float32, or in float64 if it is that."""
-    return weight if weight.itemsize >= 4 else weight.float()
+def wide(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`x` in float32, or in float64 if it is that."""
+    return x if x.itemsize >= 4 else x.float()
 
 
 def _bias(module: nn.Module) -> Tensor | None:
     bias = getattr(module, "bias", None)
-    return None if bias is None else _wide(bias)
+    return None if bias is None else wide(bias)
